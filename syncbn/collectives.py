@@ -1,0 +1,49 @@
+"""Everything the operator says to other ranks: one all_reduce of one message. No other operator file knows them."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Literal["world"] | dist.ProcessGroup
+"""Which ranks form one batch: "world" is every rank of the default process group, over a communicator of our own."""
+
+# The default group that existed when ours was made, and ours: a new default group (a restart) makes a new one.
+_own: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+@torch.compiler.assume_constant_result
+def resolve(group: Group) -> dist.ProcessGroup | None:
+    """The process group that `group` stands for now, or None where this rank is alone.
+
+    Collective: the first call for "world" makes a communicator, so every rank must make it, in the same order.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    process_group = _communicator() if isinstance(group, str) else group
+    return process_group if process_group.size() > 1 else None
+
+
+def all_reduce(message: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum the message over the group's ranks, in place; alone, it is the sum already."""
+    if group is not None:
+        dist.all_reduce(message, group=group)
+    return message
+
+
+def _communicator() -> dist.ProcessGroup:
+    global _own
+    world = dist.group.WORLD
+    assert world is not None
+    if _own is None or _own[0] is not world:
+        _own = world, _new_group(world)
+    return _own[1]
+
+
+def _new_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A communicator of the world's ranks, so that a message never queues behind DDP's gradient buckets."""
+    options = None
+    if dist.get_backend(world) == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    return dist.new_group(pg_options=options, group_desc="syncbn")

@@ -1,0 +1,43 @@
+"""Turn a model's BatchNorm layers into SyncBatchNorm and back, losing nothing: a layer changes its class, not its self."""
+
+from typing import TypeVar
+
+from torch import nn
+
+from syncbn.collectives import Group
+from syncbn.module import SyncBatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(model: Model, *, group: Group = "world") -> Model:
+    """Make every nn.BatchNorm1d, 2d and 3d in model a SyncBatchNorm, in place.
+
+    Each layer stays the object it was, so parameters, buffers, hooks, shared layers, optimisers and any other
+    reference remain valid. Subclasses are left alone: their forward is their own.
+
+    Args:
+        model: any module; a BatchNorm itself converts too.
+        group: the ranks that form one batch, as in SyncBatchNorm.
+
+    Returns:
+        model.
+    """
+    for layer in model.modules():
+        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            layer.converted_from = type(layer)
+            layer.group = group
+            layer.__class__ = SyncBatchNorm
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo convert in place: every converted layer is of its former class again. Returns model.
+
+    For export and tools that know torch's classes. Layers that were built as SyncBatchNorm stay so.
+    """
+    for layer in model.modules():
+        if isinstance(layer, SyncBatchNorm) and "converted_from" in layer.__dict__:
+            layer.__class__ = layer.converted_from
+            del layer.converted_from, layer.group
+    return model
