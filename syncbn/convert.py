@@ -1,4 +1,4 @@
-"""Turn a model's BatchNorm layers into SyncBatchNorm and back, losing nothing: a layer changes its class, not its self."""
+"""Turn a model's BatchNorm layers into SyncBatchNorm and back: a layer changes its class, never its identity."""
 
 from typing import TypeVar
 

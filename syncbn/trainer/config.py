@@ -1,0 +1,101 @@
+"""The whole config: every section's dataclass gathered into one schema, and errors in it told in one line."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.trainer.data import DataConfig
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.folder import RunConfig
+from syncbn.trainer.loop import TrainConfig
+from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.norms import NormConfig
+from syncbn.trainer.optim import OptimConfig, ScheduleConfig
+from syncbn.trainer.tasks import TaskConfig
+from syncbn.trainer.tracking import WandbConfig
+from syncbn.trainer.world import LaunchConfig
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as what conf/config.yaml is checked against."""
+    ConfigStore.instance().store("schema", Config)
+
+
+def typed(config: DictConfig | dict[str, Any]) -> Config:
+    """The config as dataclasses. Raises UserError for an unknown key, a wrong type or a value out of range."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), config)
+        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The config as it is handed to the ranks and kept in config.yaml."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def from_yaml(text: str) -> Config:
+    return typed(OmegaConf.create(text))  # pyright: ignore[reportArgumentType]
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(config))  # pyright: ignore[reportReturnType]
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with an override or a config file, in one line that names the mend."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if isinstance(e, HydraException | OmegaConfBaseException))
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':\s*(.*)", text, re.S):
+        group, choice, options = missing.groups()
+        return f"{group}={choice}: no such choice; choose one of {', '.join(options.split()[: _count(options)])}"
+    full_key = re.search(r"full_key: (\S+)", text)
+    if re.search(r"Key '[^']+' (is )?not in", text) and full_key:
+        return _unknown_key(full_key[1])
+    if group := re.search(r"Could not override '([^']+)'\.?\s+No match in the defaults list", text):
+        return _unknown_key(group[1])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    about = [line for line in lines if re.match(r"(Value|Cannot|Error|Invalid|Incompatible)", line)] or lines[:1]
+    return f"{full_key[1]}: {about[0]}" if full_key else about[0]
+
+
+def _count(options: str) -> int:
+    """Hydra lists the options one a line, then tells its search path after an empty line."""
+    return len(options.split("\n\n")[0].split())
+
+
+def _unknown_key(key: str) -> str:
+    known = list(_keys(OmegaConf.to_container(OmegaConf.structured(Config))))
+    section = key.rpartition(".")[0]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(siblings or sorted({k.split('.')[0] for k in known}))}"
+    return f"{key}: no such key; {hint} (python train.py --help lists all)"
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [prefix]
+    return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}".lstrip("."))]

@@ -1,0 +1,82 @@
+"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_EVERY_S = 30.0
+
+
+class Screen:
+    """Shows a training of a known number of steps."""
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self.steps = steps
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.train: dict[str, float] = {}
+        self.said_at = time.monotonic()
+        self.bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self) -> None:
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("train", total=self.steps, figures="")
+        self.bar.start()
+
+    def stepped(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Show training figures on the bar, and an evaluation as a line of its own."""
+        if "train/loss" in figures:
+            self.train = figures
+        if any(name.startswith("eval/") for name in figures):
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {self._trained()}  |  {_evaluated(figures)}")
+            self.said_at = time.monotonic()
+        elif self.bar:
+            self.bar.update(self.task, figures=self._trained())
+        elif time.monotonic() - self.said_at > PLAIN_LINE_EVERY_S:
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {self._trained()}")
+            self.said_at = time.monotonic()
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def close(self, rows: dict[str, Any]) -> None:
+        """The closing table."""
+        self.stop()
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        self.console.print()
+        self.console.print(table)
+
+    def _trained(self) -> str:
+        t = self.train
+        return (
+            f"loss {t['train/loss']:.4f}  accuracy {t['train/accuracy']:6.2%}  "
+            f"{t['train/images_per_s']:,.0f} images/s  data wait {t['train/data_wait_share']:3.0%}"
+        )
+
+
+def _evaluated(figures: dict[str, float]) -> str:
+    return f"eval loss {figures['eval/loss']:.4f}  accuracy {figures['eval/accuracy']:6.2%}"

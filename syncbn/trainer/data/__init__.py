@@ -1,0 +1,182 @@
+"""Images for training and evaluation: a source by name, shared out over the ranks, delivered on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
+from syncbn.trainer.data.samples import Batch, Samples
+from syncbn.trainer.data.sources import SOURCES
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.world import World
+
+
+@dataclass
+class AugmentConfig:
+    pad: int = 0  # pixels of black border before a random crop to the old size
+    flip: bool = False  # left-right, half the time
+    policy: str = "none"  # none, rand (RandAugment) or trivial (TrivialAugmentWide)
+    erase: float = 0.0  # probability of blanking a random rectangle
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 is off
+    cutmix: float = 0.0  # alpha of the Beta distribution; 0 is off; with mixup too, one of both is drawn
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("none", "rand", "trivial"):
+            raise UserError(f"data.augment.policy={self.policy}: choose one of none, rand, trivial")
+        for name in "pad", "mixup", "cutmix":
+            if getattr(self, name) < 0:
+                raise UserError(f"data.augment.{name}={getattr(self, name)}: give 0 (off) or more")
+        if not 0 <= self.erase <= 1:
+            raise UserError(f"data.augment.erase={self.erase}: give a probability between 0 and 1")
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # one of the sources
+    root: str = "data"  # folder of the data set
+    download: bool = False  # fetch it into root if it is not there (torchvision's sets)
+    batch_per_rank: int = 4  # training images on each rank in each forward
+    eval_batch_per_rank: int = 256  # eval statistics are fixed, so its batch is only a matter of speed
+    workers: int = 0  # processes per rank that decode and augment; 0: the rank itself
+    cache: bool = False  # keep decoded images in memory
+    skip_broken: bool = False  # leave unreadable images out, counted, instead of stopping
+    size: int = 0  # side in pixels to crop to (random scale in training, centre in eval); 0: as they are
+    mean: list[float] = field(default_factory=lambda: [0.5])  # of pixels in 0..1, per colour
+    std: list[float] = field(default_factory=lambda: [0.25])
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    fake_samples: int = 512  # data=fake: training images; a fifth as many for eval
+    fake_classes: int = 10
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise UserError(f"data.name={self.name}: choose one of {', '.join(SOURCES)}")
+        for name in "batch_per_rank", "eval_batch_per_rank", "fake_samples", "fake_classes":
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
+        for name in "workers", "size":
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 0 or more")
+        if not (len(self.mean) == len(self.std) and len(self.mean) in (1, 3) and min(self.std) > 0):
+            raise UserError(f"data.mean={self.mean} data.std={self.std}: give 1 or 3 of each, std above 0")
+
+
+class Batches:
+    """Batches of a DataLoader on the device: images [B, 3, H, W] normalised, labels as they are."""
+
+    def __init__(self, loader: DataLoader, config: DataConfig, device: torch.device, memory_format: torch.memory_format):
+        self.loader, self.device, self.memory_format = loader, device, memory_format
+        self.mean = 255 * torch.tensor(config.mean, device=device).view(1, -1, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, -1, 1, 1))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            images = batch.images.to(self.device, non_blocking=True).float().sub(self.mean).mul(self.scale)
+            images = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.memory_format)
+            yield Batch(images, batch.labels.to(self.device, non_blocking=True), batch.skipped)
+
+
+class Data(NamedTuple):
+    """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration."""
+
+    train: Batches
+    eval: Batches
+    steps_per_epoch: int
+    classes: list[str]
+
+
+def build(
+    config: DataConfig,
+    world: World,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Data:
+    """The data set of the config, shared out over the world's ranks."""
+    train, test = SOURCES[config.name](config)
+    share = {"rank": world.rank, "world_size": world.size}
+    sampler = TrainSampler(
+        len(train), batch_per_rank=config.batch_per_rank, seed=seed, accumulate=accumulate, **share
+    )
+    if sampler.steps_per_epoch == 0:
+        raise UserError(
+            f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks, {accumulate} times a step, takes "
+            f"{sampler.step_size} images and there are {len(train)}: lower it"
+        )
+    training = Samples(
+        train,
+        train_transform(config),
+        seed=seed,
+        mix=mix_transform(config.augment, len(train.classes)),
+        skip_broken=config.skip_broken,
+        cache=config.cache,
+    )
+    evaluation = Samples(test, eval_transform(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache)
+    eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **share)
+
+    def batches(samples: Samples, sampler: TrainSampler | EvalSampler) -> Batches:
+        loader = DataLoader(
+            samples,
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  (any iterable of keys)
+            num_workers=config.workers,
+            collate_fn=_as_they_are,
+            pin_memory=world.device.type == "cuda",
+            persistent_workers=config.workers > 0,
+        )
+        return Batches(loader, config, world.device, memory_format)
+
+    return Data(batches(training, sampler), batches(evaluation, eval_sampler), sampler.steps_per_epoch, [*train.classes])
+
+
+def train_transform(config: DataConfig) -> v2.Transform:
+    """What a training image goes through before it is stacked; uint8 in and out."""
+    augment, steps = config.augment, []
+    if config.size:
+        steps.append(v2.RandomResizedCrop(config.size, antialias=True))
+    elif augment.pad:
+        steps.append(PaddedCrop(augment.pad))
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augment.policy != "none":
+        steps.append(v2.RandAugment() if augment.policy == "rand" else v2.TrivialAugmentWide())
+    if augment.erase:
+        steps.append(v2.RandomErasing(augment.erase, value=[round(255 * m) for m in config.mean]))
+    return v2.Compose(steps or [v2.Identity()])
+
+
+class PaddedCrop(nn.Module):
+    """A random crop to the image's own size after adding a black border (He et al. 2016); v2.RandomCrop fixes the size."""
+
+    def __init__(self, pad: int):
+        super().__init__()
+        self.pad = pad
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        top, left = torch.randint(2 * self.pad + 1, (2,)).tolist()
+        return nn.functional.pad(image, [self.pad] * 4)[..., top : top + height, left : left + width]
+
+
+def eval_transform(config: DataConfig) -> v2.Transform:
+    """The centre of the image, at the scale customary since Krizhevsky 2012 (224 of 256); uint8 in and out."""
+    if not config.size:
+        return v2.Identity()
+    return v2.Compose([v2.Resize(round(config.size * 256 / 224), antialias=True), v2.CenterCrop(config.size)])
+
+
+def mix_transform(augment: AugmentConfig, classes: int) -> v2.Transform | None:
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), either by chance, or None."""
+    kinds = [(v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix)]
+    chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    return v2.RandomChoice(chosen) if chosen else None
+
+
+def _as_they_are(batch: Batch | UserError) -> Batch | UserError:
+    return batch

@@ -1,0 +1,96 @@
+"""One batch of samples from their keys: decoded, augmented, stacked and mixed, each by its own seed."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from syncbn.trainer.data.sampler import Key, seed_of
+from syncbn.trainer.data.sources import Images, first_line
+from syncbn.trainer.errors import UserError
+
+
+class Batch(NamedTuple):
+    """images: [B, 1 or 3, H, W] in 0..255; labels: [B] classes, or [B, K] weights after mixing; skipped: broken images."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: int = 0
+
+
+class Samples(torch.utils.data.Dataset):
+    """Images as a data set of whole batches: `__getitems__` takes the keys of a batch.
+
+    What is drawn at random for a sample depends on (seed, epoch, index) alone: not on its rank, worker or neighbours.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        seed: int,
+        mix: v2.Transform | None = None,
+        skip_broken: bool = False,
+        cache: bool = False,
+    ):
+        self.images, self.transform, self.mix = images, transform, mix
+        self.seed, self.skip_broken = seed, skip_broken
+        self.decoded: dict[int, tuple[Tensor, int]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[Key]) -> Batch | UserError:
+        state = torch.get_rng_state()
+        try:
+            return self._batch(keys)
+        except UserError as error:
+            return error  # a DataLoader's worker would wrap a raised one in its traceback
+        finally:
+            torch.set_rng_state(state)
+
+    def _batch(self, keys: list[Key]) -> Batch:
+        images, labels, kept = [], [], []
+        for epoch, index in keys:
+            try:
+                image, label = self._load(index)
+            except UserError:
+                if not self.skip_broken:
+                    raise
+                continue
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            images.append(self.transform(image))
+            labels.append(label)
+            kept.append((epoch, index))
+        if len({image.shape for image in images}) > 1:
+            shapes = " and ".join(str(tuple(s)) for s in sorted({image.shape for image in images})[:2])
+            raise UserError(f"images have different shapes {shapes}: data.size=N brings them to N×N")
+        stacked = torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
+        return batch if self.mix is None else self._mixed(batch, kept)
+
+    def _mixed(self, batch: Batch, keys: list[Key]) -> Batch:
+        # In neighbouring pairs, so that what is mixed does not depend on how many ranks share a step's samples
+        images, labels = batch.images.float(), []
+        for begin in range(0, len(keys), 2):
+            torch.default_generator.manual_seed(seed_of(self.seed, *keys[begin], 1))
+            images[begin : begin + 2], pair = self.mix(images[begin : begin + 2], batch.labels[begin : begin + 2])
+            labels.append(pair)
+        return batch._replace(images=images, labels=torch.cat(labels) if labels else batch.labels)
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
+        if self.decoded is not None and index in self.decoded:
+            return self.decoded[index]
+        try:
+            sample = self.images[index]
+        except Exception as error:  # decoders raise many kinds
+            raise UserError(
+                f"cannot read {self.images.where(index)} ({first_line(error)}): "
+                "replace or remove it, or data.skip_broken=true leaves such images out"
+            ) from error
+        if self.decoded is not None:
+            self.decoded[index] = sample
+        return sample

@@ -1,0 +1,151 @@
+"""Where images come from: each source is a pair (train, eval) of labelled uint8 images."""
+
+import gzip
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as F
+
+from syncbn.trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from syncbn.trainer.data import DataConfig
+
+
+class Images(Protocol):
+    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message."""
+
+    classes: Sequence[str]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def where(self, index: int) -> str: ...
+
+
+class Torchvision:
+    """A torchvision data set of PIL images as Images."""
+
+    def __init__(self, dataset: Any, classes: Sequence[str], labels: Sequence[int] | None = None):
+        self.dataset, self.classes = dataset, classes
+        self.labels = labels  # ours for each of the data set's; None: the same
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.dataset[index]
+        return F.pil_to_tensor(image), int(label) if self.labels is None else self.labels[label]
+
+    def where(self, index: int) -> str:
+        files = getattr(self.dataset, "samples", None)
+        return files[index][0] if files else f"image {index} of {type(self.dataset).__name__}"
+
+
+class InMemory:
+    """Images held as one tensor [N, C, H, W]."""
+
+    def __init__(self, images: Tensor, labels: list[int], classes: Sequence[str]):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+    def where(self, index: int) -> str:
+        return f"image {index}"
+
+
+def digits(config: "DataConfig") -> tuple[Images, Images]:
+    """The UCI optical digits of digits.md, pixels 0..16 stretched to 0..255."""
+    text = gzip.decompress((resources.files(__package__) / "digits.csv.gz").read_bytes()).decode()
+    table = torch.tensor([[int(v) for v in line.split(",")] for line in text.splitlines()])
+    images = (table[:, :-1] * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    for_eval = torch.arange(len(table)) % 5 == 0
+    classes = [str(d) for d in range(10)]
+    train, test = (InMemory(images[part], table[part, -1].tolist(), classes) for part in (~for_eval, for_eval))
+    return train, test
+
+
+def from_archive(name: str) -> Callable[["DataConfig"], tuple[Images, Images]]:
+    """A source that torchvision knows as a class with root, train and download."""
+
+    def build(config: "DataConfig") -> tuple[Images, Images]:
+        dataset = getattr(datasets, name)
+        try:
+            parts = [dataset(config.root, train=train, download=config.download) for train in (True, False)]
+        except RuntimeError as error:
+            raise UserError(
+                f"data.root={config.root} holds no {name}: point data.root to it, or data.download=true fetches it there"
+            ) from error
+        train, test = (Torchvision(part, part.classes) for part in parts)
+        return train, test
+
+    return build
+
+
+def imagenet(config: "DataConfig") -> tuple[Images, Images]:
+    """ILSVRC 2012 as torchvision lays it out: its archives, or train/ and val/ with meta.bin beside them."""
+    try:
+        parts = [datasets.ImageNet(config.root, split=split) for split in ("train", "val")]
+    except (RuntimeError, FileNotFoundError) as error:
+        raise UserError(
+            f"data.root={config.root} holds no ImageNet ({first_line(error)}): put the ILSVRC2012 archives there, "
+            "or take data=image_folder for class folders without them"
+        ) from error
+    train, val = (Torchvision(part, [names[0] for names in part.classes]) for part in parts)
+    return train, val
+
+
+def image_folder(config: "DataConfig") -> tuple[Images, Images]:
+    """root/train/<class>/*.jpg and root/test/<class>/*.jpg (or root/val): classes are train's, in order of name."""
+    root = Path(config.root)
+    train = _folder(root, "train")
+    test = _folder(root, "test" if (root / "test").is_dir() else "val")
+    strange = [name for name in test.classes if name not in train.class_to_idx]
+    if strange:
+        raise UserError(f"{test.root} has the class {strange[0]!r} that {train.root} lacks: add it there, or remove it")
+    labels = [train.class_to_idx[name] for name in test.classes]
+    return Torchvision(train, train.classes), Torchvision(test, train.classes, labels)
+
+
+def fake(config: "DataConfig") -> tuple[Images, Images]:
+    """Noise with random labels: for trying a cluster or measuring speed without any data."""
+    size = (3, config.size or 32, config.size or 32)
+    classes = [str(c) for c in range(config.fake_classes)]
+    train, test = (
+        Torchvision(datasets.FakeData(n, size, config.fake_classes, random_offset=offset), classes)
+        for n, offset in ((config.fake_samples, 0), (max(1, config.fake_samples // 5), config.fake_samples))
+    )
+    return train, test
+
+
+SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
+    "digits": digits,
+    "cifar10": from_archive("CIFAR10"),
+    "cifar100": from_archive("CIFAR100"),
+    "fashion_mnist": from_archive("FashionMNIST"),
+    "imagenet": imagenet,
+    "image_folder": image_folder,
+    "fake": fake,
+}
+
+
+def _folder(root: Path, part: str) -> datasets.ImageFolder:
+    wanted = "an image folder holds train/<class>/*.jpg and test/<class>/*.jpg (or val/)"
+    if not (root / part).is_dir():
+        raise UserError(f"data.root={root} has no folder {part!r}: {wanted}")
+    try:
+        return datasets.ImageFolder(root / part)
+    except FileNotFoundError as error:  # no class, or a class without images
+        raise UserError(f"{root / part} is incomplete ({first_line(error)}): {wanted}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

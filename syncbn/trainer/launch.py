@@ -1,0 +1,135 @@
+"""The doors into a run: one process of a job goes through Hydra, and every rank receives its finished config."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.trainer import world
+from syncbn.trainer.config import Config, as_dict, explain, from_yaml, register, to_yaml, typed
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.folder import RunFolder, name_of
+from syncbn.trainer.run import USER_ERROR, as_rank
+
+CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
+
+
+class RanksFailed(RuntimeError):
+    """The ranks of a run ended in an error. (torch's own error does not survive the way back to a sweep.)"""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def enter(job: Callable[[], Any]) -> None:
+    """Go through the door that this process was started at; job is the script's @hydra.main function.
+
+    Alone: job composes the config and starts the ranks. Under torchrun (or what execs it): rank 0 runs job and
+    sends the config over the store; the other ranks wait for it there.
+    """
+    register()
+    if not world.under_torchrun():
+        sys.exit(in_one_line(job))
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.exit(_refuse_multirun())
+    store = world.meet()
+    if world.rank() > 0:
+        decided = json.loads(store.get(CONFIG))
+        sys.exit(as_rank(lambda: from_yaml(decided["config"])) if decided["config"] else decided["exit_code"])
+    code = in_one_line(job)
+    if not store.check([CONFIG]):  # refused, or --help and the like: there is no run to wait for
+        store.set(CONFIG, json.dumps({"config": None, "exit_code": code}))
+    sys.exit(code)
+
+
+def run_job(composed: DictConfig) -> float | None:
+    """The body of the script's @hydra.main function: one run; its objective, for a sweeper."""
+    config = named(typed(composed))
+    folder = RunFolder(config.run)
+    folder.refuse_other(as_dict(config))
+    if world.under_torchrun():
+        world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
+        if code := as_rank(lambda: config):
+            raise RanksFailed("this rank has said why", code)
+    else:
+        start_ranks(config)
+    return json.loads(folder.result.read_text())["objective"]
+
+
+def start_ranks(config: Config) -> None:
+    """Run the config on ranks of this machine, each a process, under torch's elastic agent."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    nproc = world.ranks_to_start(config.launch)
+    world.set_rank_environment(nproc)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failed rank has spoken itself
+    with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
+        handed_over = Path(scratch) / "config.yaml"
+        handed_over.write_text(to_yaml(config))
+        elastic = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=str(config.run.name),
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        )
+        try:
+            elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise RanksFailed(f"rank {rank} {_end(failure.exitcode)}", failure.exitcode) from None
+
+
+def named(config: Config) -> Config:
+    """The config with its run's name filled in."""
+    if config.run.name is not None:
+        return config
+    hydra = HydraConfig.get()
+    name = name_of(as_dict(config), hydra.runtime.choices.get("experiment"), list(hydra.overrides.task))
+    return replace(config, run=replace(config.run, name=name))
+
+
+def in_one_line(job: Callable[[], Any]) -> int:
+    """Run job; an error of the user's is told in one line. Returns the exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and we do the telling
+    try:
+        job()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        text = str(error) if isinstance(error, UserError) else explain(error)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except RanksFailed as error:
+        if error.exit_code != USER_ERROR:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code if error.exit_code > 0 else 1
+    return 0
+
+
+def _refuse_multirun() -> int:
+    if world.rank() == 0:
+        arguments = " ".join(a for a in sys.argv[1:] if a not in ("-m", "--multirun"))
+        line = f"python {sys.argv[0]} -m {arguments} launch.nproc={world.local_size()}"
+        print(f"error: -m starts a job per point and cannot do so inside torchrun; run: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _end(exit_code: int) -> str:
+    return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"failed with exit code {exit_code}"

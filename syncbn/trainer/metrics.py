@@ -1,0 +1,61 @@
+"""Figures of a run: summed on the device, added over ranks in one message, written down as they come."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncbn.trainer.world import World
+
+
+class Totals:
+    """Named sums over batches, kept on the device in float64; reading them is the only wait."""
+
+    def __init__(self, names: tuple[str, ...], world: World):
+        self.names, self.world = names, world
+        self.values = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+        self.skipped = 0
+        self.step_losses: list[Tensor] = []
+
+    def add(self, sums: dict[str, Tensor], skipped: int = 0) -> None:
+        """Add the sums of a batch, and the number of images it had to do without."""
+        self.values += torch.stack([sums[name].double() for name in self.names])
+        self.skipped += skipped
+
+    def add_step(self, loss: Tensor) -> None:
+        """Keep the loss [] of one optimiser step on this rank."""
+        self.step_losses.append(loss.double())
+
+    def reduce(self) -> tuple[dict[str, float], list[float]]:
+        """The sums over all ranks, "skipped" among them, and each step's mean loss over ranks; then start again.
+
+        Collective: one all_reduce; every rank must have added as many steps.
+        """
+        losses = [loss.view(1) / self.world.size for loss in self.step_losses]
+        message = torch.cat([self.values, self.values.new_tensor([self.skipped]), *losses])
+        figures = self.world.sum(message).tolist()
+        self.values.zero_()
+        self.skipped = 0
+        self.step_losses.clear()
+        names = (*self.names, "skipped")
+        return dict(zip(names, figures, strict=False)), figures[len(names) :]
+
+
+class Record:
+    """metrics.jsonl, the record of truth: one object a line, flushed as it is written; every key carries its unit."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("w")
+        self.began = time.monotonic()
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        line = {"step": step, "time_s": round(time.monotonic() - self.began, 3), **figures}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()

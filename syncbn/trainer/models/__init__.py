@@ -1,0 +1,84 @@
+"""Models by name: ours for small images, torchvision's, or the user's own. All of them know nn.BatchNorm2d only."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.models.residual import SmallResNet
+
+
+@dataclass
+class ModelConfig:
+    name: str = "resnet8"  # ours, torchvision's, or package.module:builder
+    weights: str | None = None  # torchvision's name of trained weights (DEFAULT, ...), or a state_dict's file
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
+}
+
+
+def build(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The model of the config, for images [N, 3, H, W] and scores [N, num_classes].
+
+    Raises UserError for a name that is none of ours, not one of torchvision's classification models, and not
+    package.module:builder, where builder(num_classes=...) returns an nn.Module.
+    """
+    model = _builder(config.name)(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name={config.name} returned {type(model).__name__}: it must return an nn.Module")
+    if config.weights:
+        _load(model, config)
+    return model
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    if ":" in name:
+        return _own(name)
+    if name in MODELS:
+        return MODELS[name]
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in known:
+        return partial(torchvision.models.get_model, name)
+    near = difflib.get_close_matches(name, [*MODELS, *known], n=3) or ["resnet20", "resnet50"]
+    raise UserError(f"model.name={name}: no such model; near it: {', '.join(near)}; your own: package.module:builder")
+
+
+def _own(name: str) -> Callable[..., Any]:
+    module, _, builder = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), builder)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"model.name={name}: {error}; it must be package.module:builder, importable from here") from error
+
+
+def _load(model: nn.Module, config: ModelConfig) -> None:
+    """Load trained weights; a tensor of another shape (the classifier for other classes) keeps its own start."""
+    assert config.weights
+    if Path(config.weights).is_file():
+        state = torch.load(config.weights, map_location="cpu", weights_only=True)
+    else:
+        try:
+            state = torchvision.models.get_weight(str(torchvision.models.get_model_weights(config.name)[config.weights])).get_state_dict(progress=False)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"model.weights={config.weights}: neither a file nor weights that torchvision has for {config.name}"
+            ) from error
+    own = model.state_dict()
+    fits = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fits:
+        raise UserError(f"model.weights={config.weights}: no tensor in it fits model.name={config.name}")
+    model.load_state_dict(fits, strict=False)
+
+
+def _full_name(config: ModelConfig) -> str:
+    return str(torchvision.models.get_model_weights(config.name)[config.weights])

@@ -1,0 +1,62 @@
+"""Every normalisation that the trainer can put in a model's place for batch norm, by name."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import syncbn
+from syncbn.trainer.errors import UserError
+
+
+@dataclass
+class NormConfig:
+    name: str = "sync"  # sync: over all ranks (ours); local: each rank's own; torch: torch.nn.SyncBatchNorm, GPUs only
+
+    def __post_init__(self) -> None:
+        if self.name not in NORMS:
+            raise UserError(f"norm={self.name}: choose one of {', '.join(NORMS)}")
+
+
+def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """The model with its batch norm layers replaced as the config says, and how many were replaced.
+
+    Call it once, last: after weights are loaded and before the model is wrapped for the ranks.
+    """
+    before = list(map(type, model.modules()))
+    model = NORMS[config.name](model, device)
+    return model, sum(old is not type(new) for old, new in zip(before, model.modules(), strict=True))
+
+
+def nothing_converted(model: nn.Module) -> str:
+    """Why a conversion found nothing, in words: what the model normalises with instead."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower())
+    if not kinds:
+        return "the model has no normalisation layer"
+    has = ", ".join(f"{name} ×{n}" for name, n in kinds.items())
+    return f"the model has {has}, and only nn.BatchNorm1d, 2d and 3d themselves are converted"
+
+
+def synchronised(model: nn.Module) -> bool:
+    """Whether every batch norm of the model has the same buffers on every rank by construction."""
+    return all(isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in model.modules() if isinstance(m, _BatchNorm))
+
+
+def _sync(model: nn.Module, device: torch.device) -> nn.Module:
+    return syncbn.convert(model)
+
+
+def _local(model: nn.Module, device: torch.device) -> nn.Module:
+    return model
+
+
+def _torch(model: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cuda":
+        raise UserError(f"norm=torch on {device.type}: torch.nn.SyncBatchNorm runs on GPUs only; take norm=sync")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+NORMS: dict[str, Callable[[nn.Module, torch.device], nn.Module]] = {"sync": _sync, "local": _local, "torch": _torch}

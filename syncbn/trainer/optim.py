@@ -1,0 +1,70 @@
+"""The optimiser and its learning rate over time."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from syncbn.trainer.errors import UserError
+
+
+@dataclass
+class OptimConfig:
+    name: str = "sgd"  # sgd or adamw
+    lr: float = 0.1  # at a global batch of lr_batch images
+    lr_batch: int = 256  # the rate used is lr * global batch / lr_batch (Goyal et al. 2017); 0: lr as it is
+    weight_decay: float = 5e-4
+    decay_norms_and_biases: bool = False  # weight decay on vectors too: norms' weights and all biases
+    momentum: float = 0.9  # sgd
+    nesterov: bool = True  # sgd
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw
+
+    def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise UserError(f"optim={self.name}: choose one of sgd, adamw")
+        if not self.lr > 0:
+            raise UserError(f"optim.lr={self.lr}: give a rate above 0")
+        for name in "lr_batch", "weight_decay", "momentum":
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name}={getattr(self, name)}: give 0 or more")
+
+
+@dataclass
+class ScheduleConfig:
+    warmup_epochs: float = 1.0  # the rate rises linearly from 0 ...
+    final: float = 0.0  # ... then falls along half a cosine to this share of its peak
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs < 0:
+            raise UserError(f"schedule.warmup_epochs={self.warmup_epochs}: give 0 or more")
+
+
+def build(config: OptimConfig, model: nn.Module, global_batch: int) -> Optimizer:
+    """The optimiser over the model's parameters that need a gradient, its rate scaled to the global batch."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": config.weight_decay if config.decay_norms_and_biases else 0.0},
+    ]
+    lr = config.lr * global_batch / config.lr_batch if config.lr_batch else config.lr
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(config.betas[0], config.betas[1]))
+    nesterov = config.nesterov and config.momentum > 0
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov)
+
+
+def build_schedule(config: ScheduleConfig, optimizer: Optimizer, *, steps: int, steps_per_epoch: int) -> LambdaLR:
+    """Warm-up, then cosine, by step; step it after each optimiser step."""
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
+
+    def share_of_peak(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, steps - warmup)
+        return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2
+
+    return LambdaLR(optimizer, share_of_peak)

@@ -1,0 +1,152 @@
+"""Who this process is among the ranks, and on which device; the only reader of the launcher's environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.trainer.errors import UserError
+
+
+@dataclass
+class LaunchConfig:
+    nproc: int | str = "auto"  # ranks that `python train.py` starts: auto is one per GPU, or 2 without GPUs
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+
+    def __post_init__(self) -> None:
+        if self.nproc != "auto" and not (isinstance(self.nproc, int) and self.nproc >= 1):
+            raise UserError(f"launch.nproc={self.nproc}: give the number of ranks, 1 or more, or auto")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"launch.device={self.device}: choose one of auto, cpu, cuda")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks of the job, all of them in torch's default process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor, in place. Collective: every rank calls it with the same shape and dtype."""
+        dist.all_reduce(values)
+        return values
+
+    def copy_from_rank_0(self, tensors: list[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0. Collective."""
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block of local work that succeeds on all ranks or on none: a UserError anywhere ends it everywhere.
+
+        Collective: every rank must enter and leave the block; inside it, no collective may be called.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        said: list[str | None] = [None] * self.size
+        dist.all_gather_object(said, error and f"{error}")
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        failed = {text: rank for rank, text in reversed(list(enumerate(said))) if text is not None}
+        if failed:
+            where = "" if None not in said else f" (on rank {min(failed.values())})"
+            raise UserError("; ".join(sorted(failed, key=lambda text: failed[text])) + where, on_every_rank=True)
+
+
+def choose_device(config: LaunchConfig) -> torch.device:
+    """The kind of device that the config means on this machine."""
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(kind)
+
+
+def ranks_to_start(config: LaunchConfig) -> int:
+    """How many ranks `python train.py` starts on this machine."""
+    if isinstance(config.nproc, int):
+        nproc = config.nproc
+    else:
+        nproc = torch.cuda.device_count() if choose_device(config).type == "cuda" else 2
+    check_gpus(config, nproc)
+    return nproc
+
+
+def check_gpus(config: LaunchConfig, local_size: int) -> None:
+    """Refuse more ranks on this machine than it has GPUs, if the ranks are to use GPUs."""
+    if choose_device(config).type != "cuda":
+        return
+    gpus = torch.cuda.device_count()
+    if not 1 <= local_size <= gpus:
+        raise UserError(
+            f"{local_size} ranks were asked of this machine and it has {gpus} GPUs: "
+            + (f"launch.nproc={gpus}, or launch.device=cpu" if gpus else "launch.device=cpu")
+        )
+
+
+def set_rank_environment(local_size: int) -> None:
+    """Set what the ranks that this process is about to start should find in their environment."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(local_size)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch 2.15 loses the store in a restart otherwise
+
+
+def threads(local_size: int) -> int:
+    """CPU threads for each of so many ranks on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher made this process one rank of several, as torchrun does."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def rank() -> int:
+    """This process's rank, before any process group exists; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_size() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@cache
+def meet() -> dist.Store:
+    """The store that all ranks share; process groups and the config travel over it."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def join(config: LaunchConfig, store: dist.Store) -> World:
+    """Make the default process group over the store: NCCL if the ranks are on GPUs, else gloo. Collective."""
+    device = choose_device(config)
+    check_gpus(config, local_size())
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads(local_size()))
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return World(rank(), size, device)
+
+
+def leave() -> None:
+    """Take the process group apart, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
