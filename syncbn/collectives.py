@@ -5,16 +5,17 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-Group = Literal["world"] | dist.ProcessGroup
+Group = Literal["world"] | ProcessGroup
 """Which ranks form one batch: "world" is every rank of the default process group, over a communicator of our own."""
 
 # The default group that existed when ours was made, and ours: a new default group (a restart) makes a new one.
-_own: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+_own: tuple[ProcessGroup, ProcessGroup] | None = None
 
 
 @torch.compiler.assume_constant_result
-def resolve(group: Group) -> dist.ProcessGroup | None:
+def resolve(group: Group) -> ProcessGroup | None:
     """The process group that `group` stands for now, or None where this rank is alone.
 
     Collective: the first call for "world" makes a communicator, so every rank must make it, in the same order.
@@ -25,14 +26,14 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
     return process_group if process_group.size() > 1 else None
 
 
-def all_reduce(message: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce(message: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum the message over the group's ranks, in place; alone, it is the sum already."""
     if group is not None:
         dist.all_reduce(message, group=group)
     return message
 
 
-def _communicator() -> dist.ProcessGroup:
+def _communicator() -> ProcessGroup:
     global _own
     world = dist.group.WORLD
     assert world is not None
@@ -41,9 +42,11 @@ def _communicator() -> dist.ProcessGroup:
     return _own[1]
 
 
-def _new_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _new_group(world: ProcessGroup) -> ProcessGroup:
     """A communicator of the world's ranks, so that a message never queues behind DDP's gradient buckets."""
     options = None
     if dist.get_backend(world) == "nccl":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    return dist.new_group(pg_options=options, group_desc="syncbn")
+    group = dist.new_group(pg_options=options, group_desc="syncbn")
+    assert isinstance(group, ProcessGroup)  # every rank of the world is in it
+    return group

@@ -25,8 +25,7 @@ def convert(model: Model, *, group: Group = "world") -> Model:
     """
     for layer in model.modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            layer.converted_from = type(layer)
-            layer.group = group
+            vars(layer).update(converted_from=type(layer), group=group)
             layer.__class__ = SyncBatchNorm
     return model
 
@@ -37,7 +36,7 @@ def revert(model: Model) -> Model:
     For export and tools that know torch's classes. Layers that were built as SyncBatchNorm stay so.
     """
     for layer in model.modules():
-        if isinstance(layer, SyncBatchNorm) and "converted_from" in layer.__dict__:
-            layer.__class__ = layer.converted_from
-            del layer.converted_from, layer.group
+        if isinstance(layer, SyncBatchNorm) and "converted_from" in vars(layer):
+            layer.__class__ = vars(layer).pop("converted_from")
+            del vars(layer)["group"]
     return model

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from syncbn import collectives, kernels
-from syncbn.collectives import Group
+from syncbn.collectives import Group, ProcessGroup
 from syncbn.moments import Moments, from_message, to_message
 
 

@@ -52,7 +52,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         if self.training:
             y, moments = sync_batch_norm(x, self.weight, self.bias, eps=self.eps, group=self.group)
-            if self.running_mean is not None:
+            if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
                 update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
             return y
         from_batch = self.running_mean is None

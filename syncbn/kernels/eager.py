@@ -50,10 +50,10 @@ def grad_input(
     mean_dy: Tensor,
     mean_dy_xhat: Tensor,
 ) -> Tensor:
-    # dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale, as one affine map of x plus scale * dy
+    # dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale, as an affine map of x plus one of dy
     scale = invstd if weight is None else invstd * weight
     from_x = _affine(x, mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
-    return torch.addcmul(from_x, dy, _per_channel(scale, x).to(_statistics_dtype(x))).to(x.dtype)
+    return from_x.add_(_affine(dy, torch.zeros_like(mean), scale, None))
 
 
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

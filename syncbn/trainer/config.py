@@ -46,7 +46,9 @@ def register() -> None:
 def typed(config: DictConfig | dict[str, Any]) -> Config:
     """The config as dataclasses. Raises UserError for an unknown key, a wrong type or a value out of range."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), config)
+        # As plain values: a composed config remembers that + opened it for any key
+        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -77,8 +79,8 @@ def explain(error: Exception) -> str:
     if group := re.search(r"Could not override '([^']+)'\.?\s+No match in the defaults list", text):
         return _unknown_key(group[1])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    about = [line for line in lines if re.match(r"(Value|Cannot|Error|Invalid|Incompatible)", line)] or lines[:1]
-    return f"{full_key[1]}: {about[0]}" if full_key else about[0]
+    cause = next((line for line in lines if re.match(r"Value|Cannot|Invalid|Incompatible", line)), lines[0])
+    return f"{full_key[1]}: {cause}" if full_key else cause
 
 
 def _count(options: str) -> int:
@@ -87,11 +89,13 @@ def _count(options: str) -> int:
 
 
 def _unknown_key(key: str) -> str:
-    known = list(_keys(OmegaConf.to_container(OmegaConf.structured(Config))))
+    known = _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
     section = key.rpartition(".")[0]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(siblings or sorted({k.split('.')[0] for k in known}))}"
+    near = [k for k in known if k.startswith(key)] or difflib.get_close_matches(key, known, n=1)
+    siblings = [k for k in known if k.rpartition(".")[0] == section] or list(
+        dict.fromkeys(k.split(".")[0] for k in known)
+    )
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(siblings)}"
     return f"{key}: no such key; {hint} (python train.py --help lists all)"
 
 

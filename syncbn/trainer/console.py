@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 PLAIN_LINE_EVERY_S = 30.0
 
@@ -62,13 +61,12 @@ class Screen:
             self.bar = None
 
     def close(self, rows: dict[str, Any]) -> None:
-        """The closing table."""
+        """The closing table: one line each, never cut, so that a path can be copied."""
         self.stop()
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        self.say("")
+        width = max(map(len, rows))
         for name, value in rows.items():
-            table.add_row(name, str(value))
-        self.console.print()
-        self.console.print(table)
+            self.say(f"{name:<{width}}  {value}")
 
     def _trained(self) -> str:
         t = self.train

@@ -11,7 +11,7 @@ import yaml
 from syncbn.trainer.errors import UserError
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
-OUTSIDE = ("run", "wandb", "launch", "data.root", "data.download", "data.workers", "data.cache")
+OUTSIDE = ("run", "wandb", "launch", "data.root", "data.download", "data.workers", "data.cache", "train.log_every")
 
 
 @dataclass
@@ -69,8 +69,8 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         config["norm"]["name"],
         f"b{config['data']['batch_per_rank']}",
     ]
-    for override in sorted(overrides):
-        key, _, value = override.lstrip("+~").partition("=")
+    values = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)  # the last one counts
+    for key, value in sorted(values.items()):
         if key not in told and not _outside(key):
             parts.append(f"{key}={value}".replace("/", "_"))
     return "-".join([*parts, f"seed{config['seed']}"])

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,7 +49,10 @@ def enter(job: Callable[[], Any]) -> None:
     if world.rank() > 0:
         decided = json.loads(store.get(CONFIG))
         sys.exit(as_rank(lambda: from_yaml(decided["config"])) if decided["config"] else decided["exit_code"])
-    code = in_one_line(job)
+    try:
+        code = in_one_line(job)
+    except SystemExit as end:
+        code = end.code
     if not store.check([CONFIG]):  # refused, or --help and the like: there is no run to wait for
         store.set(CONFIG, json.dumps({"config": None, "exit_code": code}))
     sys.exit(code)
@@ -56,13 +60,23 @@ def enter(job: Callable[[], Any]) -> None:
 
 def run_job(composed: DictConfig) -> float | None:
     """The body of the script's @hydra.main function: one run; its objective, for a sweeper."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return one_run(composed)  # a sweep has its own ways with an error
+    objective: list[float] = []
+    if code := in_one_line(lambda: objective.append(one_run(composed))):
+        sys.exit(code)
+    return objective[0]
+
+
+def one_run(composed: DictConfig) -> float:
+    """Run the config on its ranks: as rank 0 under torchrun, else on ranks started here. Returns the objective."""
     config = named(typed(composed))
     folder = RunFolder(config.run)
     folder.refuse_other(as_dict(config))
     if world.under_torchrun():
         world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
         if code := as_rank(lambda: config):
-            raise RanksFailed("this rank has said why", code)
+            raise RanksFailed("rank 0 failed", code)
     else:
         start_ranks(config)
     return json.loads(folder.result.read_text())["objective"]
@@ -75,7 +89,7 @@ def start_ranks(config: Config) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     nproc = world.ranks_to_start(config.launch)
-    world.set_rank_environment(nproc)
+    world.set_rank_environment(config.launch, nproc)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failed rank has spoken itself
     with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
         handed_over = Path(scratch) / "config.yaml"

@@ -42,7 +42,9 @@ def nothing_converted(model: nn.Module) -> str:
 
 def synchronised(model: nn.Module) -> bool:
     """Whether every batch norm of the model has the same buffers on every rank by construction."""
-    return all(isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in model.modules() if isinstance(m, _BatchNorm))
+    return all(
+        isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in model.modules() if isinstance(m, _BatchNorm)
+    )
 
 
 def _sync(model: nn.Module, device: torch.device) -> nn.Module:

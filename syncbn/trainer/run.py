@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from syncbn.trainer.metrics import Record
 from syncbn.trainer.tracking import Tracker
 from syncbn.trainer.world import World
 
+# DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
+BROADCAST_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel.__init__).parameters
+)
 USER_ERROR = 2  # exit code of a rank whose UserError has been printed
 
 log = logging.getLogger(__name__)
@@ -48,7 +55,11 @@ def run(config: Config, ranks: World) -> None:
     except NonFiniteLoss as error:
         if watch:
             watch.give_up()
-        kept = f"{folder.checkpoint} holds the state of the last evaluation" if folder.checkpoint.exists() else "nothing was saved yet"
+        kept = (
+            f"{folder.checkpoint} holds the state of the last evaluation"
+            if folder.checkpoint.exists()
+            else "nothing was saved yet"
+        )
         raise UserError(
             f"{error}: every rank has stopped and {kept}; try a lower optim.lr, a longer schedule.warmup_epochs or "
             "train.clip_norm=1",
@@ -75,7 +86,9 @@ def build(config: Config, ranks: World) -> Parts:
     images = data.build(
         config.data, ranks, seed=config.seed, accumulate=config.train.accumulate, memory_format=memory_format
     )
-    model = models.build(config.model, len(images.classes)).to(ranks.device, memory_format=memory_format)
+    model = models.build(config.model, len(images.classes)).to(ranks.device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model, converted = norms.convert(model, config.norm, ranks.device)
     return Parts(images, model, converted, tasks.build(config.task))
 
@@ -92,7 +105,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
-        **forward_buffers(not norms.synchronised(parts.model)),
+        **{BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
     torch.manual_seed(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
     global_batch = config.data.batch_per_rank * ranks.size * config.train.accumulate
@@ -101,12 +114,6 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
     return Training(model, parts.task, parts.data, optimizer, schedule, average)
-
-
-def forward_buffers(broadcast: bool) -> dict[str, bool]:
-    """DDP's option to send rank 0's buffers before each forward, by the name that this torch has for it."""
-    names = DistributedDataParallel.__init__.__code__.co_varnames
-    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": broadcast}
 
 
 class Watch:
@@ -120,7 +127,7 @@ class Watch:
         self.screen = Screen(steps)
         self.screen.say(
             f"{config.data.name}, {len(parts.data.classes)} classes | {config.model.name}, {self.converted} | "
-            f"{ranks.size} × {config.data.batch_per_rank} images on {ranks.size} {ranks.device.type} ranks | {steps} steps"
+            f"{ranks.size} × {config.data.batch_per_rank} images on {ranks.device.type} | {steps} steps"
         )
         if config.norm.name != "local" and not parts.converted:
             log.warning("norm=%s converted nothing: %s", config.norm.name, norms.nothing_converted(parts.model))
@@ -156,10 +163,17 @@ class Watch:
 
     def finish(self, figures: dict[str, float], duration_s: float) -> None:
         self.record.close()
-        result = {"objective": figures[self.objective], "metrics": figures, "ranks": self.ranks.size, "duration_s": round(duration_s, 1)}
+        result = {
+            "objective": figures[self.objective],
+            "metrics": figures,
+            "ranks": self.ranks.size,
+            "duration_s": round(duration_s, 1),
+        }
         self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
         self.tracker.finish()
-        self.screen.close({**shown(figures), "norm": self.converted, "time": f"{duration_s:.0f} s", **self.where_to_look()})
+        self.screen.close(
+            {**shown(figures), "norm": self.converted, "time": f"{duration_s:.0f} s", **self.where_to_look()}
+        )
 
     def where_to_look(self) -> dict[str, Any]:
         rows = {"run": f"{self.folder.path}/", "figures": self.folder.metrics, "weights": self.folder.checkpoint}

@@ -13,7 +13,7 @@ from syncbn.trainer.errors import UserError
 
 
 class Batch(NamedTuple):
-    """images: [B, 1 or 3, H, W] in 0..255; labels: [B] classes, or [B, K] weights after mixing; skipped: broken images."""
+    """images: [B, 1 or 3, H, W] in 0..255; labels: [B], or [B, K] weights after mixing; skipped: broken images."""
 
     images: Tensor
     labels: Tensor
@@ -70,14 +70,14 @@ class Samples(torch.utils.data.Dataset):
             raise UserError(f"images have different shapes {shapes}: data.size=N brings them to N×N")
         stacked = torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
-        return batch if self.mix is None else self._mixed(batch, kept)
+        return batch if self.mix is None else self._mixed(batch, kept, self.mix)
 
-    def _mixed(self, batch: Batch, keys: list[Key]) -> Batch:
+    def _mixed(self, batch: Batch, keys: list[Key], mix: v2.Transform) -> Batch:
         # In neighbouring pairs, so that what is mixed does not depend on how many ranks share a step's samples
         images, labels = batch.images.float(), []
         for begin in range(0, len(keys), 2):
             torch.default_generator.manual_seed(seed_of(self.seed, *keys[begin], 1))
-            images[begin : begin + 2], pair = self.mix(images[begin : begin + 2], batch.labels[begin : begin + 2])
+            images[begin : begin + 2], pair = mix(images[begin : begin + 2], batch.labels[begin : begin + 2])
             labels.append(pair)
         return batch._replace(images=images, labels=torch.cat(labels) if labels else batch.labels)
 

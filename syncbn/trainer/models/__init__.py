@@ -37,7 +37,7 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned {type(model).__name__}: it must return an nn.Module")
     if config.weights:
-        _load(model, config)
+        _load(model, config.name, config.weights)
     return model
 
 
@@ -58,27 +58,24 @@ def _own(name: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), builder)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.name={name}: {error}; it must be package.module:builder, importable from here") from error
+        raise UserError(
+            f"model.name={name}: {error}; it must be package.module:builder, importable from here"
+        ) from error
 
 
-def _load(model: nn.Module, config: ModelConfig) -> None:
+def _load(model: nn.Module, name: str, weights: str) -> None:
     """Load trained weights; a tensor of another shape (the classifier for other classes) keeps its own start."""
-    assert config.weights
-    if Path(config.weights).is_file():
-        state = torch.load(config.weights, map_location="cpu", weights_only=True)
+    if Path(weights).is_file():
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     else:
         try:
-            state = torchvision.models.get_weight(str(torchvision.models.get_model_weights(config.name)[config.weights])).get_state_dict(progress=False)
-        except (ValueError, KeyError, AttributeError) as error:
+            state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
+        except (ValueError, KeyError) as error:
             raise UserError(
-                f"model.weights={config.weights}: neither a file nor weights that torchvision has for {config.name}"
+                f"model.weights={weights}: neither a file nor weights that torchvision has for {name}"
             ) from error
     own = model.state_dict()
-    fits = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    fits = {key: tensor for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
     if not fits:
-        raise UserError(f"model.weights={config.weights}: no tensor in it fits model.name={config.name}")
+        raise UserError(f"model.weights={weights}: no tensor in it fits model.name={name}")
     model.load_state_dict(fits, strict=False)
-
-
-def _full_name(config: ModelConfig) -> str:
-    return str(torchvision.models.get_model_weights(config.name)[config.weights])

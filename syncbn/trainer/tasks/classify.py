@@ -1,5 +1,6 @@
 """Classification of images: cross-entropy and accuracy."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,12 +16,12 @@ class Classify:
         self.label_smoothing = label_smoothing
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = model(batch.images).float()
+        scores = _at_least_float32(model(batch.images))
         total = F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
         return total / max(1, len(scores)), self._sums(scores, batch.labels, total)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        scores = model(batch.images).float()
+        scores = _at_least_float32(model(batch.images))
         # Each image rounded alone and added up in float64: the same total for any share of the images
         losses = F.cross_entropy(scores, batch.labels, reduction="none").double()
         return self._sums(scores, batch.labels, losses.sum())
@@ -36,3 +37,7 @@ class Classify:
         classes = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (scores.detach().argmax(1) == classes).sum()
         return {"loss": loss.detach(), "correct": correct, "samples": correct.new_full((), len(scores))}
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

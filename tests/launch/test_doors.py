@@ -1,0 +1,248 @@
+"""Both doors with real processes: what they leave behind, what they print, how they end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.trainer.images import image_folder
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PYTHON = [sys.executable, "train.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+SHORT = ["train.steps=6", "train.log_every=2"]
+# A figure that is a time differs from run to run
+TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share")
+
+
+def run(command, *arguments, root=None):
+    """The finished process, within a minute or two; its run folders go under root."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "OMP_", "MALLOC"))}
+    where = [f"run.root={root}"] if root else []
+    return subprocess.run(
+        [*command, *arguments, *where],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def errors(done):
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def figures(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of the default job by the first door."""
+    root = tmp_path_factory.mktemp("runs")
+    return run(PYTHON, *SHORT, "launch.nproc=2", root=root), root / "digits-resnet8-sync-b4-train.steps=6-seed0"
+
+
+def test_python_train_leaves_one_whole_folder(trained):
+    done, folder = trained
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "logs",
+    }  # fmt: skip
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
+    assert {p.name for p in (folder / "logs").iterdir()} == {"rank0.log", "rank1.log"}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["objective"] == result["metrics"]["eval/accuracy"]
+    assert result["metrics"].keys() >= {"eval/accuracy", "eval/loss"}
+    assert result["metrics"]["eval/images"] == 360
+
+
+def test_metrics_are_written_down_with_their_units(trained):
+    _, folder = trained
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 6]
+    assert lines[0].keys() == {
+        "step", "time_s", "epoch", "train/loss", "train/accuracy", "train/lr", "train/images_per_s", "train/step_ms",
+        "train/data_wait_share", "train/skipped_images",
+    }  # fmt: skip
+    assert lines[-1]["eval/images"] == 360
+
+
+def test_without_a_terminal_lines_are_plain_and_tell_where_all_lies(trained):
+    done, folder = trained
+    assert "\x1b" not in done.stdout
+    assert "norm=sync: 7 of 7 batch norm layers converted" in done.stdout
+    assert "eval/accuracy" in done.stdout
+    for command in "wandb leet", "wandb sync":
+        (path,) = (line.split(command)[1].strip() for line in done.stdout.splitlines() if command in line)
+        assert Path(path).parent == folder / "wandb"
+        assert Path(path).is_dir()
+
+
+def test_the_checkpoint_is_whole_and_holds_no_code(trained):
+    _, folder = trained
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    assert state["step"] == 6
+    assert {"model", "optimizer", "schedule"} <= state.keys()
+    assert not any("module." in name for name in state["model"])
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+def test_wandb_has_the_same_figures_offline(trained):
+    _, folder = trained
+    (run_file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    inspect = [BIN / "wandb", "leet", "inspect", "--json", run_file]
+    told = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "eval/accuracy" in told
+    assert "train/images_per_s" in told
+    assert "digits-resnet8-sync-b4-train.steps=6-seed0" in told
+
+
+def test_torchrun_trains_the_same_run(trained, tmp_path):
+    done = run(TORCHRUN, *SHORT, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, folder = trained
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    assert figures(tmp_path / folder.name) == figures(folder)
+
+
+def test_a_typo_under_torchrun_ends_the_whole_job_at_once(tmp_path):
+    began = time.monotonic()
+    done = run(TORCHRUN, "data.batch=3", root=tmp_path)
+    assert done.returncode != 0
+    assert errors(done) == [
+        "error: data.batch: no such key; did you mean data.batch_per_rank? (python train.py --help lists all)"
+    ]
+    assert time.monotonic() - began < 60
+    assert not list(tmp_path.iterdir())
+
+
+def test_multirun_under_torchrun_is_refused_with_the_right_command():
+    done = run(TORCHRUN, "-m", "seed=0,1")
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert line.endswith("run: python train.py -m seed=0,1 launch.nproc=2")
+
+
+def test_help_under_torchrun_leaves_nobody_waiting():
+    done = run(TORCHRUN, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: python train.py") == 1
+
+
+def test_a_sweep_leaves_a_folder_per_point(tmp_path):
+    done = run(PYTHON, "-m", "seed=0,1", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = sorted(path.parent.name for path in tmp_path.rglob("result.json"))
+    assert results == [f"digits-resnet8-sync-b4-train.steps=6-seed{seed}" for seed in (0, 1)]
+
+
+def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):
+    done, folder = trained
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    again = run(PYTHON, "train.steps=7", f"run.name={folder.name}", root=folder.parent)
+    assert again.returncode == 2
+    (line,) = errors(again)
+    assert "train.steps 6 -> 7" in line
+    assert "run.overwrite=true" in line
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+REFUSED = {
+    "missing-data": (["data=image_folder", "data.root=/nowhere"], "data.root=/nowhere has no folder 'train'"),
+    "torch-norm-on-cpu": (["norm=torch"], "norm=torch on cpu"),
+    "more-ranks-than-gpus": (["launch.device=cuda", "launch.nproc=99"], "launch.device=cpu"),
+    "unknown-model": (["model.name=resnet21"], "no such model"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_nothing_behind(tmp_path, arguments, said):
+    done = run(PYTHON, *arguments, root=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert said in line
+    assert done.stderr.splitlines() == [line]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_run_stops_everywhere_and_keeps_the_last_good_state(tmp_path):
+    wild = ["optim.lr=300", "schedule.warmup_epochs=0.3", "train.eval_every=2", "train.steps=60", "train.log_every=2"]
+    done = run(PYTHON, *wild, "run.name=wild", "model.name=tests.launch.nets:explosive", root=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "every rank has stopped and" in line
+    assert "the loss is" in line
+    state = torch.load(tmp_path / "wild" / "checkpoints" / "last.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert not (tmp_path / "wild" / "result.json").exists()
+    logged = figures(tmp_path / "wild")
+    assert logged[-1]["step"] == state["step"]
+    assert f"at step {state['step'] + 1}" in line or f"at step {state['step'] + 2}" in line
+
+
+def test_an_unreadable_image_ends_the_run_by_name_or_is_skipped(tmp_path):
+    data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
+    (data / "train" / "a" / "0003.jpg").write_bytes(b"not an image")
+    command = [*PYTHON, "data=image_folder", f"data.root={data}", "train.epochs=2", "wandb.mode=disabled", "run.name=r"]
+
+    done = run(command, root=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "train/a/0003.jpg" in line
+
+    done = run(command, "data.skip_broken=true", "run.overwrite=true", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sum(line.get("train/skipped_images", 0) for line in figures(tmp_path / "r")) == 2
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["metrics"]["eval/images"] == 3
+
+
+def test_nothing_to_convert_is_a_warning_that_says_why(tmp_path):
+    done = run(PYTHON, "model.name=tests.launch.nets:group_norm", "launch.nproc=1", "train.steps=1", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: norm=sync converted nothing: the model has GroupNorm ×1" in done.stderr
+
+
+def test_a_failure_of_wandb_is_reported_and_training_goes_on(tmp_path):
+    done = run(PYTHON, "wandb.mode=online", "launch.nproc=1", "run.name=online", *SHORT, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "W&B failed and is left out from here on" in done.stderr
+    assert len(figures(tmp_path / "online")) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "train.precision=bf16",
+            "train.channels_last=true",
+            "train.ema=0.9",
+            "train.accumulate=2",
+            "train.clip_norm=1",
+        ],
+        ["train.compile=true"],
+        [
+            "optim=adamw",
+            "data.augment.policy=rand",
+            "data.augment.mixup=0.2",
+            "data.workers=1",
+            "task.label_smoothing=0.1",
+        ],
+    ],
+    ids=["bf16-ema-accumulate", "compile", "adamw-mixup-workers"],
+)
+def test_every_switch_trains(tmp_path, options):
+    done = run(PYTHON, *options, *SHORT, "run.name=r", "wandb.mode=disabled", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["metrics"]["eval/loss"] > 0

@@ -1,0 +1,94 @@
+"""Bad input to the config is told in one line: the value seen, what is wanted, the mend."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.trainer import config
+from syncbn.trainer.config import Config
+from syncbn.trainer.errors import UserError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def composed(*overrides):
+    """The config that the command line's overrides make, or the line that they are refused with."""
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return config.typed(compose("config", overrides=list(overrides)))
+        except UserError as error:
+            return str(error)
+        except (HydraException, OmegaConfBaseException) as error:
+            return config.explain(error)
+
+
+BAD = {
+    "data.batch=3": "data.batch: no such key; did you mean data.batch_per_rank?",
+    "dataa=digits": "dataa: no such key; did you mean",
+    "+x=1": "x: no such key",
+    "+train.speed=1": "train.speed: no such key; did you mean",
+    "norm=foo": "norm=foo: no such choice; choose one of local, sync, torch",
+    "data=cifar": "data=cifar: no such choice; choose one of cifar10, cifar100, digits, fake, fashion_mnist",
+    "experiment=none": "experiment=none: no such choice; choose one of cifar10",
+    "norm.name=foo": "norm=foo: choose one of sync, local, torch",
+    "optim.name=lion": "optim=lion: choose one of sgd, adamw",
+    "task.name=guess": "task=guess: choose one of classify",
+    "data.name=mnist": "data.name=mnist: choose one of digits",
+    "data.batch_per_rank=many": "data.batch_per_rank: Value 'many' of type 'str' could not be converted to Integer",
+    "train.compile=perhaps": "train.compile: Value 'perhaps' is not a valid bool",
+    "data.batch_per_rank=0": "data.batch_per_rank=0: give 1 or more",
+    "data.batch_per_rank=-2": "data.batch_per_rank=-2: give 1 or more",
+    "data.workers=-1": "data.workers=-1: give 0 or more",
+    "data.augment.policy=auto": "data.augment.policy=auto: choose one of none, rand, trivial",
+    "data.augment.erase=2": "data.augment.erase=2.0: give a probability",
+    "data.augment.pad=-1": "data.augment.pad=-1: give 0 (off) or more",
+    "data.std=[0]": "give 1 or 3 of each, std above 0",
+    "train.precision=fp8": "train.precision=fp8: choose one of fp32, bf16",
+    "train.epochs=0": "train.epochs=0.0: give more than 0",
+    "train.steps=0": "train.steps=0: give 1 or more",
+    "train.accumulate=0": "train.accumulate=0: give 1 or more",
+    "train.ema=1": "train.ema=1.0: give a decay from 0 up to 1",
+    "train.clip_norm=-1": "train.clip_norm=-1.0: give 0 (off) or more",
+    "optim.lr=0": "optim.lr=0.0: give a rate above 0",
+    "schedule.warmup_epochs=-1": "schedule.warmup_epochs=-1.0: give 0 or more",
+    "task.label_smoothing=1": "task.label_smoothing=1.0: give a share",
+    "wandb.mode=maybe": "wandb.mode=maybe: choose one of offline, online, disabled",
+    "launch.nproc=0": "launch.nproc=0: give the number of ranks, 1 or more, or auto",
+    "launch.nproc=some": "launch.nproc=some: give the number of ranks",
+    "launch.device=tpu": "launch.device=tpu: choose one of auto, cpu, cuda",
+    "run.name=a/b": "run.name=a/b: give one folder's name",
+    "data.batch_per_rank": "data.batch_per_rank",
+}
+
+
+@pytest.mark.parametrize(("override", "said"), BAD.items(), ids=BAD)
+def test_bad_input_is_told_in_one_line(override, said):
+    line = composed(override)
+    assert isinstance(line, str), "this override was accepted"
+    assert said in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("data", sorted(p.stem for p in (CONF / "data").glob("*.yaml")))
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_every_choice_composes(data, optim):
+    built = composed(f"data={data}", f"optim={optim}", "norm=local")
+    assert isinstance(built, Config), built
+    assert (built.data.name, built.optim.name, built.norm.name) == (data, optim, "local")
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+def test_every_recipe_composes_and_yields_to_overrides(experiment):
+    built = composed(f"experiment={experiment}", "data.batch_per_rank=3")
+    assert isinstance(built, Config), built
+    assert built.data.batch_per_rank == 3
+
+
+def test_a_config_survives_the_way_to_the_ranks():
+    built = composed("train.steps=7", "data.augment.mixup=0.2", "launch.nproc=3", "wandb.tags=[a,b]")
+    assert isinstance(built, Config), built
+    assert config.from_yaml(config.to_yaml(built)) == built

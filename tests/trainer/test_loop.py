@@ -1,0 +1,218 @@
+"""The loop on real ranks: many ranks learn what one learns, eval is exact, a bad loss stops everyone."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing import assert_close
+
+from syncbn.trainer import loop
+from syncbn.trainer.config import Config, typed
+from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.run import assemble, build
+from syncbn.trainer.world import World
+from tests.ranks import run_ranks
+
+# Gradients and weights in float64: what is left of a difference is the order of sums
+SAME = {"rtol": 1e-9, "atol": 1e-9}
+
+
+class Exact(nn.Module):
+    """A small network that computes in float64."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net = SmallResNet(8, num_classes, width=4).double()
+
+    def forward(self, x):
+        return self.net(x.double())
+
+
+class Log:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.lines, self.saved = [], []
+
+    def stepped(self, step):
+        pass
+
+    def log(self, step, figures):
+        self.lines.append((step, figures))
+
+    def save(self, training):
+        self.saved.append(training.step)
+
+
+def world_of(rank):
+    return World(rank, dist.get_world_size(), torch.device("cpu"))
+
+
+def train(rank, overrides):
+    """Train as the config says; the weights in the end, and what was logged."""
+    config: Config = typed({"data": {"augment": {"pad": 1}}, "model": {"name": f"{__name__}:Exact"}, **overrides})
+    world, log = world_of(rank), Log()
+    training = assemble(build(config, world), config, world)
+    figures = loop.fit(training, config.train, world, log)
+    return training.best_model.state_dict(), log.lines, log.saved, figures
+
+
+def config(batch_per_rank=8, norm="sync", data=None, **train):
+    return {
+        "data": {"batch_per_rank": batch_per_rank, "augment": {"pad": 1, "mixup": 0.2}, **(data or {})},
+        "norm": {"name": norm},
+        "model": {"name": f"{__name__}:Exact"},
+        "train": {"steps": 6, "log_every": 2, **train},
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.5, "clip_norm": 0.1}], ids=["plain", "ema-clip"])
+def test_many_ranks_learn_what_one_rank_learns(ranks, extra):
+    ((want, lines, _, figures),) = run_ranks(train, 1, config(8, **extra))
+
+    together = run_ranks(train, ranks, config(8 // ranks, **extra))
+
+    for weights, _, _, _ in together:
+        assert_close(weights, want, **SAME)
+    for (step, mine), (_, theirs) in zip(together[0][1], lines, strict=True):
+        for name in mine.keys() & {"train/loss", "train/accuracy", "eval/loss", "eval/accuracy"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-9), (step, name)
+    assert together[0][3]["eval/images"] == figures["eval/images"] == 360
+
+
+def test_accumulation_is_the_larger_batch_where_no_norm_looks_at_it():
+    frozen = {"model": {"name": f"{__name__}:without_norm"}}
+    ((want, *_),) = run_ranks(train, 1, {**config(8), **frozen})
+    for weights, *_ in run_ranks(train, 2, {**config(2, accumulate=2), **frozen}):
+        assert_close(weights, want, **SAME)
+
+
+def without_norm(num_classes):
+    return nn.Sequential(nn.Flatten(), Double(), nn.Linear(192, num_classes, dtype=torch.float64))
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+def test_the_log_and_the_saves_come_when_they_are_due():
+    _, lines, saved, _ = run_ranks(train, 2, config(4, steps=7, log_every=3, eval_every=4))[0]
+    assert [step for step, figures in lines if "train/loss" in figures] == [3, 4, 6, 7]
+    assert [step for step, figures in lines if "eval/loss" in figures] == saved == [4, 7]
+
+
+class Fixed:
+    """Eval batches of given scores and labels; a model that passes them on."""
+
+    def __init__(self, scores, labels, rank, size, batch):
+        mine = range(rank, len(labels), size)
+        self.batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+        self.scores, self.labels = scores, labels
+
+    def __iter__(self):
+        for indices in self.batches:
+            yield Batch(self.scores[list(indices)], self.labels[list(indices)])
+
+
+def evaluate_fixed(rank, scores, labels):
+    from syncbn.trainer.tasks.classify import Classify
+
+    world = world_of(rank)
+    batches = Fixed(scores, labels, rank, world.size, batch=5)
+    return loop.evaluate(nn.Identity(), Classify(), batches, loop.TrainConfig(), world)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("images", [127, 2], ids=["prime", "fewer-than-ranks"])
+def test_eval_metrics_are_those_of_every_image_once(ranks, images):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(images, 10, generator=generator)
+    labels = torch.randint(10, (images,), generator=generator)
+
+    for figures in run_ranks(evaluate_fixed, ranks, scores, labels):
+        assert figures["eval/accuracy"] == (scores.argmax(1) == labels).sum().item() / images
+        losses = nn.functional.cross_entropy(scores, labels, reduction="none").double()
+        assert figures["eval/loss"] == pytest.approx(math.fsum(losses.tolist()) / images, rel=1e-15)
+        assert figures["eval/images"] == images
+
+
+def evaluate_digits(rank):
+    """A network's metrics over the first 127 eval digits."""
+    torch.manual_seed(0)
+    parts = build(typed({"data": {"eval_batch_per_rank": 16}}), world_of(rank))
+    samples, sampler = parts.data.eval.loader.dataset, parts.data.eval.loader.batch_sampler
+    sampler.mine = range(rank, 127, dist.get_world_size())
+    assert len(samples) == 360
+    return loop.evaluate(parts.model, parts.task, parts.data.eval, loop.TrainConfig(), world_of(rank))
+
+
+def test_eval_of_a_network_on_a_prime_number_of_images_is_the_same_on_1_2_3_ranks():
+    ((want,), two, three) = (run_ranks(evaluate_digits, ranks) for ranks in (1, 2, 3))
+    for figures in two + three:
+        assert figures["eval/images"] == want["eval/images"] == 127
+        assert figures["eval/accuracy"] == want["eval/accuracy"]
+        assert figures["eval/loss"] == pytest.approx(want["eval/loss"], rel=1e-6)  # float32 forwards of other batches
+
+
+def local_buffers(rank):
+    """With norm=local the ranks' own statistics differ; eval takes rank 0's on all of them."""
+    config = typed({"norm": {"name": "local"}, "train": {"steps": 3}})
+    world = world_of(rank)
+    training = assemble(build(config, world), config, world)
+    before = loop.fit(training, config.train, world)
+    return before, {k: v.clone() for k, v in training.best_model.named_buffers()}
+
+
+def test_local_norms_are_evaluated_with_rank_0s_statistics():
+    (first, buffers), (second, same) = run_ranks(local_buffers, 2)
+    assert first == second
+    assert_close(buffers, same, rtol=0, atol=0)
+
+
+class Blows(nn.Module):
+    """A model whose loss is not finite on one rank, from one step on."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc, self.calls = nn.Linear(192, num_classes), 0
+
+    def forward(self, x):
+        self.calls += self.training
+        bad = self.training and self.calls >= 5 and dist.get_rank() == 1
+        return self.fc(x.flatten(1)) * (float("nan") if bad else 1.0)
+
+
+def blow_up(rank, train):
+    config = typed({"model": {"name": f"{__name__}:Blows"}, "train": train})
+    world, log = world_of(rank), Log()
+    training = assemble(build(config, world), config, world)
+    try:
+        loop.fit(training, config.train, world, log)
+    except UserError as error:
+        return str(error), log.saved
+
+
+def test_a_non_finite_loss_on_one_rank_stops_every_rank_and_names_the_step():
+    settings = {"steps": 20, "log_every": 4, "eval_every": 4}
+    for said, saved in run_ranks(blow_up, 2, settings):
+        assert said == "the loss is nan at step 5"
+        assert saved == [4]  # nothing was saved after the bad step
+
+
+def refuse_on_rank_1(rank):
+    try:
+        with world_of(rank).together():
+            if rank == 1:
+                raise UserError("data.root=/x is missing")
+    except UserError as error:
+        return str(error), error.on_every_rank
+
+
+def test_what_one_rank_refuses_all_refuse():
+    assert run_ranks(refuse_on_rank_1, 3) == [("data.root=/x is missing (on rank 1)", True)] * 3

@@ -1,0 +1,71 @@
+"""Every name that model.name may take, and what a wrong one is told."""
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn.trainer import models
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.models import ModelConfig
+
+
+def mine(num_classes):
+    return nn.Linear(3, num_classes)
+
+
+def not_a_model(num_classes):
+    return num_classes
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet56", 853_018), ("resnet8", 75_290)])
+def test_small_resnets_have_the_published_size(name, parameters):
+    model = models.build(ModelConfig(name), num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_y_400mf"])
+def test_torchvision_models_by_name(name):
+    assert models.build(ModelConfig(name), num_classes=7).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_a_model_of_the_users_own():
+    assert models.build(ModelConfig(f"{__name__}:mine"), num_classes=4).out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet21", "no such model; near it: resnet32, resnet20"),
+        ("no_such:builder", "No module named 'no_such'"),
+        (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        (f"{__name__}:not_a_model", "it must return an nn.Module"),
+    ],
+)
+def test_a_wrong_name_is_told_in_one_line(name, said):
+    with pytest.raises(UserError) as raised:
+        models.build(ModelConfig(name), num_classes=2)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_from_a_file_keep_a_new_classifier(tmp_path):
+    trained = models.build(ModelConfig("resnet8"), num_classes=100)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+
+    model = models.build(ModelConfig("resnet8", weights=str(tmp_path / "weights.pt")), num_classes=10)
+
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert model.fc.weight.shape == (10, 64)
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "missing.pt"])
+def test_unknown_weights(weights):
+    with pytest.raises(UserError, match=rf"model.weights={weights}: neither a file nor"):
+        models.build(ModelConfig("resnet18", weights=weights), num_classes=10)
+
+
+def test_weights_of_another_model(tmp_path):
+    torch.save({"strange": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"no tensor in it fits model.name=resnet8"):
+        models.build(ModelConfig("resnet8", weights=str(tmp_path / "weights.pt")), num_classes=10)
