@@ -69,7 +69,10 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         config["norm"]["name"],
         f"b{config['data']['batch_per_rank']}",
     ]
-    values = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)  # the last one counts
+    values: dict[str, str] = {}
+    for override in overrides:  # the last word on a key counts
+        key, _, value = override.lstrip("+~").partition("=")
+        values[key] = value
     for key, value in sorted(values.items()):
         if key not in told and not _outside(key):
             parts.append(f"{key}={value}".replace("/", "_"))

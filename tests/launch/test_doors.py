@@ -149,7 +149,7 @@ def test_a_sweep_leaves_a_folder_per_point(tmp_path):
 
 
 def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):
-    done, folder = trained
+    _, folder = trained
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     again = run(PYTHON, "train.steps=7", f"run.name={folder.name}", root=folder.parent)
     assert again.returncode == 2

@@ -16,12 +16,12 @@ class Block(nn.Module):
         self.stride, self.extra_channels = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         if self.stride > 1 or self.extra_channels:
             x = x[:, :, :: self.stride, :: self.stride]
             x = F.pad(x, (0, 0, 0, 0, self.extra_channels // 2, self.extra_channels - self.extra_channels // 2))
-        return F.relu(y + x)
+        return F.relu(y.add_(x), inplace=True)
 
 
 class SmallResNet(nn.Module):
@@ -46,6 +46,6 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.blocks(x)
         return self.fc(x.mean((2, 3)))
