@@ -90,7 +90,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=15, help="turns of each loop")
     parser.add_argument("--json", type=Path, help="append a JSON line for each loop")
+    parser.add_argument("--default-scheduler", action="store_true", help="leave out world.schedule_as_batch")
     options = parser.parse_args()
+    if options.default_scheduler:
+        world.schedule_as_batch = lambda: None
 
     def config(norm: str) -> Config:
         images = {"name": "fake", "fake_samples": 20 * options.batch, "batch_per_rank": options.batch, "cache": True}

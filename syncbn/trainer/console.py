@@ -15,7 +15,8 @@ class Screen:
     def __init__(self, steps: int, console: Console | None = None):
         self.steps = steps
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self.train: dict[str, float] = {}
+        self.windows: list[tuple[int, dict[str, float]]] = []  # training figures since the last evaluation
+        self.read_at = 0
         self.said_at = time.monotonic()
         self.bar: Progress | None = None
 
@@ -45,14 +46,18 @@ class Screen:
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Show training figures on the bar, and an evaluation as a line of its own."""
         if "train/loss" in figures:
-            self.train = figures
+            self.windows.append((step - self.read_at, figures))
+            self.read_at = step
         if any(name.startswith("eval/") for name in figures):
-            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {self._trained()}  |  {_evaluated(figures)}")
-            self.said_at = time.monotonic()
-        elif self.bar:
-            self.bar.update(self.task, figures=self._trained())
+            trained = _trained(_mean(self.windows))
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {trained}  |  {_evaluated(figures)}")
+            self.windows, self.said_at = [], time.monotonic()
+            return
+        now = _trained(figures)
+        if self.bar:
+            self.bar.update(self.task, figures=now)
         elif time.monotonic() - self.said_at > PLAIN_LINE_EVERY_S:
-            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {self._trained()}")
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {now}")
             self.said_at = time.monotonic()
 
     def stop(self) -> None:
@@ -68,12 +73,20 @@ class Screen:
         for name, value in rows.items():
             self.say(f"{name:<{width}}  {value}")
 
-    def _trained(self) -> str:
-        t = self.train
-        return (
-            f"loss {t['train/loss']:.4f}  accuracy {t['train/accuracy']:6.2%}  "
-            f"{t['train/images_per_s']:,.0f} images/s  data wait {t['train/data_wait_share']:3.0%}"
-        )
+
+def _mean(windows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The figures over windows of so many steps each, as if they had been one."""
+    steps = sum(n for n, _ in windows)
+    shares = ("train/loss", "train/accuracy", "train/data_wait_share")
+    mean = {name: sum(n * figures[name] for n, figures in windows) / steps for name in shares}
+    return {**mean, "train/images_per_s": steps / sum(n / figures["train/images_per_s"] for n, figures in windows)}
+
+
+def _trained(figures: dict[str, float]) -> str:
+    return (
+        f"loss {figures['train/loss']:.4f}  accuracy {figures['train/accuracy']:6.2%}  "
+        f"{figures['train/images_per_s']:,.0f} images/s  data wait {figures['train/data_wait_share']:3.0%}"
+    )
 
 
 def _evaluated(figures: dict[str, float]) -> str:

@@ -39,11 +39,13 @@ class RunFolder:
         self.logs = self.path / "logs"
 
     def refuse_other(self, config: dict[str, Any]) -> None:
-        """Raise if the folder holds a run of another config, or no run at all."""
-        if self.overwrite or not self.path.exists():
+        """Raise if the folder holds a run of another config (unless it may be replaced), or no run at all."""
+        if not self.path.exists():
             return
         if not self.config.is_file():
             raise UserError(f"{self.path} exists and is no run (it has no config.yaml): choose another run.name=")
+        if self.overwrite:
+            return
         changes = differences(yaml.safe_load(self.config.read_text()), config)
         if changes:
             raise UserError(

@@ -40,11 +40,14 @@ def nothing_converted(model: nn.Module) -> str:
     return f"the model has {has}, and only nn.BatchNorm1d, 2d and 3d themselves are converted"
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Every batch norm layer of the model, synchronised or not."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
 def synchronised(model: nn.Module) -> bool:
     """Whether every batch norm of the model has the same buffers on every rank by construction."""
-    return all(
-        isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in model.modules() if isinstance(m, _BatchNorm)
-    )
+    return all(isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in batch_norms(model))
 
 
 def _sync(model: nn.Module, device: torch.device) -> nn.Module:

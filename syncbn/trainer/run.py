@@ -1,28 +1,22 @@
 """One run on one rank: build everything from the config, train, and leave one folder behind."""
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from syncbn.trainer import checkpoint, data, models, norms, optim, tasks, world
+from syncbn.trainer import data, models, norms, optim, tasks, world
 from syncbn.trainer.config import Config, as_dict, from_yaml
-from syncbn.trainer.console import Screen
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.loop import NonFiniteLoss, Training, fit
-from syncbn.trainer.metrics import Record
-from syncbn.trainer.tracking import Tracker
+from syncbn.trainer.watch import Parts, Watch
 from syncbn.trainer.world import World
 
 # DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
@@ -52,31 +46,22 @@ def run(config: Config, ranks: World) -> None:
     watch = Watch(folder, config, ranks, parts, training) if ranks.rank == 0 else None
     try:
         figures = fit(training, config.train, ranks, watch)
-    except NonFiniteLoss as error:
+    except BaseException as error:
         if watch:
             watch.give_up()
-        kept = (
-            f"{folder.checkpoint} holds the state of the last evaluation"
-            if folder.checkpoint.exists()
-            else "nothing was saved yet"
-        )
-        raise UserError(
-            f"{error}: every rank has stopped and {kept}; try a lower optim.lr, a longer schedule.warmup_epochs or "
-            "train.clip_norm=1",
-            on_every_rank=True,
-        ) from error
+        if isinstance(error, NonFiniteLoss):
+            raise diverged(error, folder) from error
+        raise
     if watch:
         watch.finish(figures, time.monotonic() - began)
 
 
-@dataclass
-class Parts:
-    """What each rank builds alone."""
-
-    data: data.Data
-    model: nn.Module
-    converted: int
-    task: tasks.Task
+def diverged(error: NonFiniteLoss, folder: RunFolder) -> UserError:
+    """The error as the user can act on it."""
+    saved = folder.checkpoint.exists()
+    kept = f"{folder.checkpoint} holds the state of the last evaluation" if saved else "nothing was saved yet"
+    mend = "try a lower optim.lr, a longer schedule.warmup_epochs or train.clip_norm=1"
+    return UserError(f"{error}: every rank has stopped and {kept}; {mend}", on_every_rank=True)
 
 
 def build(config: Config, ranks: World) -> Parts:
@@ -114,86 +99,6 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
     return Training(model, parts.task, parts.data, optimizer, schedule, average)
-
-
-class Watch:
-    """Rank 0's eyes on a training: screen, record, W&B and checkpoints."""
-
-    def __init__(self, folder: RunFolder, config: Config, ranks: World, parts: Parts, training: Training):
-        self.folder, self.config, self.ranks = folder, config, ranks
-        self.objective = f"eval/{parts.task.objective}"
-        self.converted = converted(parts, config)
-        steps = config.train.total_steps(parts.data.steps_per_epoch)
-        self.screen = Screen(steps)
-        self.screen.say(
-            f"{config.data.name}, {len(parts.data.classes)} classes | {config.model.name}, {self.converted} | "
-            f"{ranks.size} × {config.data.batch_per_rank} images on {ranks.device.type} | {steps} steps"
-        )
-        if config.norm.name != "local" and not parts.converted:
-            log.warning("norm=%s converted nothing: %s", config.norm.name, norms.nothing_converted(parts.model))
-        self.record = Record(folder.metrics)
-        name = config.run.name or ""
-        group = name.removesuffix(f"-seed{config.seed}")
-        self.tracker = Tracker(config.wandb, folder.path.absolute(), name=name, group=group, settings=as_dict(config))
-        self.screen.start()
-
-    def stepped(self, step: int) -> None:
-        self.screen.stepped(step)
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self.record.log(step, figures)
-        self.tracker.log(step, figures)
-        self.screen.log(step, figures)
-
-    def save(self, training: Training) -> None:
-        state = {
-            "step": training.step,
-            "model": training.model.module.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "schedule": training.schedule.state_dict(),
-        }
-        if training.average:
-            state["average"] = training.average.state_dict()
-        checkpoint.save(self.folder.checkpoint, state)
-
-    def give_up(self) -> None:
-        self.screen.stop()
-        self.record.close()
-        self.tracker.finish(exit_code=1)
-
-    def finish(self, figures: dict[str, float], duration_s: float) -> None:
-        self.record.close()
-        result = {
-            "objective": figures[self.objective],
-            "metrics": figures,
-            "ranks": self.ranks.size,
-            "duration_s": round(duration_s, 1),
-        }
-        self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
-        self.tracker.finish()
-        self.screen.close(
-            {**shown(figures), "norm": self.converted, "time": f"{duration_s:.0f} s", **self.where_to_look()}
-        )
-
-    def where_to_look(self) -> dict[str, Any]:
-        rows = {"run": f"{self.folder.path}/", "figures": self.folder.metrics, "weights": self.folder.checkpoint}
-        if self.tracker.failure:
-            return {**rows, "W&B": f"failed: {self.tracker.failure}"}
-        if files := self.tracker.files:
-            files = files.relative_to(Path.cwd()) if files.is_relative_to(Path.cwd()) else files
-            return {**rows, "look": f"wandb leet {files}", "upload": f"wandb sync {files}"}
-        return rows
-
-
-def converted(parts: Parts, config: Config) -> str:
-    total = sum(isinstance(m, norms._BatchNorm) for m in parts.model.modules())
-    return f"norm={config.norm.name}: {parts.converted} of {total} batch norm layers converted"
-
-
-def shown(figures: dict[str, float]) -> dict[str, str]:
-    """Metrics as a person reads them."""
-    shares = ("accuracy",)
-    return {k: f"{v:.2%}" if k.endswith(shares) else f"{v:.4f}" if v % 1 else f"{v:.0f}" for k, v in figures.items()}
 
 
 def log_to(path: Path, *, warn: bool) -> None:

@@ -146,7 +146,10 @@ def meet() -> Store:
 def join(config: LaunchConfig, store: Store) -> World:
     """Make the default process group over the store: NCCL if the ranks are on GPUs, else gloo. Collective."""
     device = choose_device(config)
-    check_gpus(config, local_size())
+    try:
+        check_gpus(config, local_size())
+    except UserError as error:
+        raise UserError(str(error), on_every_rank=True) from None
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
