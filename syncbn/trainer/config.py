@@ -1,8 +1,11 @@
 """The whole config: every section's dataclass gathered into one schema, and errors in it told in one line."""
 
 import difflib
+import inspect
+import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -26,7 +29,7 @@ from syncbn.trainer.world import LaunchConfig
 @dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0
+    seed: int = 0  # of weights, shuffles and augmentation
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -39,8 +42,9 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, as what conf/config.yaml is checked against."""
+    """Make the schema known to Hydra: conf/config.yaml is checked against it, and --help lists its keys."""
     ConfigStore.instance().store("schema", Config)
+    OmegaConf.register_new_resolver("keys", lambda: "\n".join(described(Config())), replace=True)
 
 
 def typed(config: DictConfig | dict[str, Any]) -> Config:
@@ -65,6 +69,17 @@ def from_yaml(text: str) -> Config:
 
 def as_dict(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # pyright: ignore[reportReturnType]
+
+
+def described(section: Any, prefix: str = "") -> Iterator[str]:
+    """A line for each key: its name, its default, and the comment that stands beside it in the dataclass."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(section)), re.M))
+    for name, value in ((f.name, getattr(section, f.name)) for f in fields(section)):
+        if is_dataclass(value):
+            yield from described(value, f"{prefix}{name}.")
+        else:
+            default = json.dumps(value).replace(" ", "").strip('"')
+            yield f"{f'{prefix}{name}={default}':<36} {comments.get(name, '')}".rstrip()
 
 
 def explain(error: Exception) -> str:
