@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=15, help="turns of each loop")
     parser.add_argument("--json", type=Path, help="append a JSON line for each loop")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the trainer's loops, and NCHW")
     parser.add_argument("--default-scheduler", action="store_true", help="leave out world.schedule_as_batch")
     options = parser.parse_args()
     if options.default_scheduler:
@@ -102,7 +103,11 @@ def main() -> None:
                 "data": {**images, "augment": {"pad": 4, "flip": True}},
                 "model": {"name": options.model},
                 "norm": {"name": norm},
-                "train": {"precision": options.precision, "channels_last": True},
+                "train": {
+                    "precision": options.precision,
+                    "channels_last": not options.compile,
+                    "compile": options.compile,
+                },
                 "launch": {"device": "cpu"},
             }
         )

@@ -77,7 +77,7 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         values[key] = value
     for key, value in sorted(values.items()):
         if key not in told and not _outside(key):
-            parts.append(f"{key}={value}".replace("/", "_"))
+            parts.append(f"{key}_{value}".replace("/", "_"))
     return "-".join([*parts, f"seed{config['seed']}"])
 
 

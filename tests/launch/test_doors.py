@@ -50,7 +50,7 @@ def figures(folder):
 def trained(tmp_path_factory):
     """A short run of the default job by the first door."""
     root = tmp_path_factory.mktemp("runs")
-    return run(PYTHON, *SHORT, "launch.nproc=2", root=root), root / "digits-resnet8-sync-b4-train.steps=6-seed0"
+    return run(PYTHON, *SHORT, "launch.nproc=2", root=root), root / "digits-resnet8-sync-b4-train.steps_6-seed0"
 
 
 def test_python_train_leaves_one_whole_folder(trained):
@@ -106,7 +106,7 @@ def test_wandb_has_the_same_figures_offline(trained):
     told = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "eval/accuracy" in told
     assert "train/images_per_s" in told
-    assert "digits-resnet8-sync-b4-train.steps=6-seed0" in told
+    assert "digits-resnet8-sync-b4-train.steps_6-seed0" in told
 
 
 def test_torchrun_trains_the_same_run(trained, tmp_path):
@@ -145,7 +145,7 @@ def test_a_sweep_leaves_a_folder_per_point(tmp_path):
     done = run(PYTHON, "-m", "seed=0,1", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path)
     assert done.returncode == 0, done.stderr
     results = sorted(path.parent.name for path in tmp_path.rglob("result.json"))
-    assert results == [f"digits-resnet8-sync-b4-train.steps=6-seed{seed}" for seed in (0, 1)]
+    assert results == [f"digits-resnet8-sync-b4-train.steps_6-seed{seed}" for seed in (0, 1)]
 
 
 def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):

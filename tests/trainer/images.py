@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torchvision.io import write_jpeg, write_png
+from torchvision.transforms.v2.functional import to_pil_image
 
 
 def write_image(path: Path, index: int, size: int = 8) -> None:
@@ -11,7 +11,7 @@ def write_image(path: Path, index: int, size: int = 8) -> None:
     generator = torch.Generator().manual_seed(index)
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
     path.parent.mkdir(parents=True, exist_ok=True)
-    (write_jpeg if path.suffix == ".jpg" else write_png)(pixels, str(path))
+    to_pil_image(pixels).save(path)
 
 
 def image_folder(root: Path, train: dict[str, int], test: dict[str, int], size: int = 8) -> Path:

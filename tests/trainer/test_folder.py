@@ -20,8 +20,8 @@ CONFIG = as_dict(Config())
             ["seed=1", "seed=0", "norm=sync", "launch.nproc=4", "wandb.mode=disabled", "run.root=x"],
             "digits-resnet8-sync-b4-seed0",
         ),
-        (None, ["train.ema=0.9", "optim.lr=0.2"], "digits-resnet8-sync-b4-optim.lr=0.2-train.ema=0.9-seed0"),
-        (None, ["model.weights=a/b.pt"], "digits-resnet8-sync-b4-model.weights=a_b.pt-seed0"),
+        (None, ["train.ema=0.9", "optim.lr=0.2"], "digits-resnet8-sync-b4-optim.lr_0.2-train.ema_0.9-seed0"),
+        (None, ["model.weights=a/b.pt"], "digits-resnet8-sync-b4-model.weights_a_b.pt-seed0"),
     ],
 )
 def test_the_name_tells_the_choices(experiment, overrides, name):

@@ -1,6 +1,5 @@
 """Where images come from: each source is a pair (train, eval) of labelled uint8 images."""
 
-import contextlib
 import gzip
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 from syncbn.trainer.errors import UserError
@@ -41,8 +39,7 @@ class Torchvision:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
-        pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
-        return pixels, int(label) if self.labels is None else self.labels[label]
+        return F.pil_to_tensor(image), int(label) if self.labels is None else self.labels[label]
 
     def where(self, index: int) -> str:
         files = getattr(self.dataset, "samples", None)
@@ -145,17 +142,9 @@ def _folder(root: Path, part: str) -> datasets.ImageFolder:
     if not (root / part).is_dir():
         raise UserError(f"data.root={root} has no folder {part!r}: {wanted}")
     try:
-        return datasets.ImageFolder(root / part, loader=read)
+        return datasets.ImageFolder(root / part)
     except FileNotFoundError as error:  # no class, or a class without images
         raise UserError(f"{root / part} is incomplete ({first_line(error)}): {wanted}") from error
-
-
-def read(path: str) -> Tensor:
-    """The image in a file, uint8 [3, H, W]; JPEG by torchvision's decoder, which takes a third of PIL's time."""
-    if path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(RuntimeError):  # PIL reads some that it does not, and says better what is wrong
-            return decode_image(path, ImageReadMode.RGB)
-    return F.pil_to_tensor(datasets.folder.default_loader(path))
 
 
 def first_line(error: Exception) -> str:
