@@ -18,11 +18,15 @@ _own: tuple[ProcessGroup, ProcessGroup] | None = None
 def resolve(group: Group) -> ProcessGroup | None:
     """The process group that `group` stands for now, or None where this rank is alone.
 
+    Raises ValueError, on every rank, for a group of another kind.
+
     Collective: the first call for "world" makes a communicator, so every rank must make it, in the same order.
     """
+    if group != "world" and not isinstance(group, ProcessGroup):
+        raise ValueError(f"group is {group!r}: give 'world' or a torch.distributed.ProcessGroup")
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    process_group = _communicator() if isinstance(group, str) else group
+    process_group = group if isinstance(group, ProcessGroup) else _communicator()
     return process_group if process_group.size() > 1 else None
 
 

@@ -30,7 +30,8 @@ def sync_batch_norm(
 
     Raises:
         TypeError: x is not of a floating dtype.
-        ValueError: C differs from the length of weight or bias; a lone rank has fewer than two values per channel.
+        ValueError: C differs from the length of weight or bias; group is of another kind; a lone rank has one value
+            per channel.
 
     Collective: one all_reduce of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it,
     and its backward, in the same order.

@@ -241,6 +241,28 @@ def test_bad_input_says_what_is_wanted(x, error):
     assert error in str(raised.value)
 
 
+def test_a_group_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"group is 'node': give 'world' or a torch.distributed.ProcessGroup"):
+        SyncBatchNorm(3, group="node")(torch.zeros(2, 3))
+
+
+def halves(rank, layer, xs, dys):
+    """A step in which the batch is that of a pair of ranks, not of all four."""
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    layer.group = pairs[rank // 2]
+    return train_layer(rank, layer, xs, dys)
+
+
+def test_a_process_group_forms_a_batch_of_its_own():
+    (x, dy), layer = batch((3, 4, 2)), layer_of(3)
+    split = [3, 1, 0, 4]
+
+    ranks = run_ranks(halves, 4, layer, x.split(split), dy.split(split))
+
+    assert_close(joined(ranks[:2]), whole_batch(layer, x[:4], dy[:4]), **EXACT)
+    assert_close(joined(ranks[2:]), whole_batch(layer, x[4:], dy[4:]), **EXACT)
+
+
 def test_eval_uses_the_running_buffers():
     x, _ = batch((3, 4, 2))
     layer = layer_of(3).eval()

@@ -38,6 +38,7 @@ class Samples(torch.utils.data.Dataset):
     ):
         self.images, self.transform, self.mix = images, transform, mix
         self.seed, self.skip_broken = seed, skip_broken
+        self.shape = torch.Size([3, 32, 32])  # of the images so far: what an empty batch pretends to hold
         self.decoded: dict[int, tuple[Tensor, int]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -68,7 +69,9 @@ class Samples(torch.utils.data.Dataset):
         if len({image.shape for image in images}) > 1:
             shapes = " and ".join(str(tuple(s)) for s in sorted({image.shape for image in images})[:2])
             raise UserError(f"images have different shapes {shapes}: data.size=N brings them to N×N")
-        stacked = torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        if images:
+            self.shape = images[0].shape
+        stacked = torch.stack(images) if images else torch.zeros(0, *self.shape, dtype=torch.uint8)
         batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
         return batch if self.mix is None else self._mixed(batch, kept, self.mix)
 

@@ -148,4 +148,4 @@ def _folder(root: Path, part: str) -> datasets.ImageFolder:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
