@@ -101,6 +101,39 @@ class Double(nn.Module):
         return x.double()
 
 
+def weights_at_each_step(rank, overrides):
+    """The state after every step, the start first, and the average's in the end."""
+    config = typed(overrides)
+    world = world_of(rank)
+    training = assemble(build(config, world), config, world)
+    states = [{k: v.clone() for k, v in training.model.module.state_dict().items()}]
+
+    class Keep(Log):
+        def stepped(self, step):
+            states.append({k: v.clone() for k, v in training.model.module.state_dict().items()})
+
+    loop.fit(training, config.train, world, Keep())
+    return states, training.best_model.state_dict()
+
+
+def test_the_average_follows_weights_and_buffers():
+    ((states, average),) = run_ranks(weights_at_each_step, 1, config(8, steps=3, ema=0.75))
+    for name, got in average.items():
+        if got.is_floating_point():
+            first, second, third = (state[name] for state in states[1:])
+            want = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+            assert_close(got, want, msg=name, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(average["net.bn1.running_mean"], states[-1]["net.bn1.running_mean"])
+
+
+def test_a_gradient_is_clipped_to_its_norm():
+    plain = {"optim": {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr": 1.0, "lr_batch": 0}}
+    ((states, _),) = run_ranks(weights_at_each_step, 1, {**config(8, steps=1, clip_norm=1e-3), **plain})
+    moved = [states[1][k] - v for k, v in states[0].items() if k.endswith(("weight", "bias"))]
+    # One step of a warm-up over one step: half the rate
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.5e-3, rel=1e-3)
+
+
 def test_the_log_and_the_saves_come_when_they_are_due():
     _, lines, saved, _ = run_ranks(train, 2, config(4, steps=7, log_every=3, eval_every=4))[0]
     assert [step for step, figures in lines if "train/loss" in figures] == [3, 4, 6, 7]
