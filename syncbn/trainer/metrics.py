@@ -30,11 +30,11 @@ class Totals:
         self.step_losses.append(loss.double())
 
     def reduce(self) -> tuple[dict[str, float], list[float]]:
-        """The sums over all ranks, "skipped" among them, and each step's mean loss over ranks; then start again.
+        """The sums over all ranks, "skipped" among them, and each step's loss, summed too; then start again.
 
         Collective: one all_reduce; every rank must have added as many steps.
         """
-        losses = [loss.view(1) / self.world.size for loss in self.step_losses]
+        losses = [loss.view(1) for loss in self.step_losses]
         message = torch.cat([self.values, self.values.new_tensor([self.skipped]), *losses])
         figures = self.world.sum(message).tolist()
         self.values.zero_()

@@ -291,8 +291,9 @@ def test_convert_and_revert_change_classes_and_nothing_else():
     assert {id(t) for t in model.state_dict(keep_vars=True).values()} == before
 
 
-def test_subclasses_with_a_forward_of_their_own_are_left_alone():
-    class Own(nn.BatchNorm2d):
+@pytest.mark.parametrize("base", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_subclasses_with_a_forward_of_their_own_are_left_alone(base):
+    class Own(base):
         pass
 
     model = convert(nn.Sequential(Own(3)))

@@ -94,7 +94,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     """ILSVRC 2012 as torchvision lays it out: its archives, or train/ and val/ with meta.bin beside them."""
     try:
         parts = [datasets.ImageNet(config.root, split=split) for split in ("train", "val")]
-    except (RuntimeError, FileNotFoundError) as error:
+    except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:  # the archives are read with scipy
         raise UserError(
             f"data.root={config.root} holds no ImageNet ({first_line(error)}): put the ILSVRC2012 archives there, "
             "or take data=image_folder for class folders without them"
