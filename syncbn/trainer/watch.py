@@ -86,7 +86,12 @@ class Watch:
         self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
         self.tracker.finish()
         self.screen.close(
-            {**shown(figures), "norm": self.converted, "time": f"{duration_s:.0f} s", **self.where_to_look()}
+            {
+                **shown(figures),
+                "norm": self.converted.removeprefix("norm="),
+                "time": f"{duration_s:.0f} s",
+                **self.where_to_look(),
+            }
         )
 
     def where_to_look(self) -> dict[str, Any]:
