@@ -23,7 +23,7 @@ TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share
 
 
 def run(command, *arguments, root=None):
-    """The finished process, within a minute or two; its run folders go under root."""
+    """The finished process; its run folders go under root."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "OMP_", "MALLOC"))}
     where = [f"run.root={root}"] if root else []
     return subprocess.run(
