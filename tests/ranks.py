@@ -17,7 +17,7 @@ from typing import Any
 _worlds: dict[int, "_World"] = {}
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """[fn(rank, *args), ...] in rank order, a default process group of world_size around them.
 
     fn must be a module's function. What a rank raises is raised here, with its traceback; after that, or a
@@ -84,7 +84,7 @@ def _serve(rank: int, size: int, store: Path, connection: Any) -> None:
         except EOFError:
             return
         if call == 0:
-            timeout = timedelta(seconds=60)
+            timeout = timedelta(seconds=120)
             dist.init_process_group(
                 "gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size, timeout=timeout
             )

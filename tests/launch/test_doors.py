@@ -32,7 +32,7 @@ def run(command, *arguments, root=None):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
 
@@ -124,7 +124,7 @@ def test_a_typo_under_torchrun_ends_the_whole_job_at_once(tmp_path):
     assert errors(done) == [
         "error: data.batch: no such key; did you mean data.batch_per_rank? (python train.py --help lists all)"
     ]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120  # a rank left waiting would wait for 300 s
     assert not list(tmp_path.iterdir())
 
 

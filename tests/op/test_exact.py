@@ -220,7 +220,7 @@ def test_compiles_as_one_graph():
     x, dy = batch((3, 4, 2))
     layer = layer_of(3)
 
-    ranks = run_ranks(compiled_step, 2, layer, x.split([7, 1]), dy.split([7, 1]), timeout_s=120)
+    ranks = run_ranks(compiled_step, 2, layer, x.split([7, 1]), dy.split([7, 1]), timeout_s=300)
 
     assert_close(joined(ranks), whole_batch(layer, x, dy), **EXACT)
 
