@@ -113,7 +113,7 @@ def threads(local_size: int) -> int:
 
 
 def schedule_as_batch() -> None:
-    """Ask Linux not to let one thread's waking preempt another: gloo's threads otherwise fight the ranks for cores.
+    """Ask Linux not to let one thread's waking preempt another: ranks and gloo's threads share the cores.
 
     Two ranks with SyncBatchNorm on two cores trained 1.3 to 1.8 times faster with it (benchmarks/RESULTS.md).
     """

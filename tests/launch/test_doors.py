@@ -162,7 +162,7 @@ def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):
 REFUSED = {
     "missing-data": (["data=image_folder", "data.root=/nowhere"], "data.root=/nowhere has no folder 'train'"),
     "torch-norm-on-cpu": (["norm=torch"], "norm=torch on cpu"),
-    "more-ranks-than-gpus": (["launch.device=cuda", "launch.nproc=99"], "launch.device=cpu"),
+    "no-gpu": (["launch.device=cuda", "launch.nproc=99"], "launch.device=cpu"),
     "unknown-model": (["model.name=resnet21"], "no such model"),
 }
 

@@ -5,7 +5,7 @@ import yaml
 
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunConfig, RunFolder, name_of
+from syncbn.trainer.folder import RunConfig, RunFolder, differences, name_of
 
 CONFIG = as_dict(Config())
 
@@ -42,7 +42,9 @@ def test_another_config_is_refused_and_the_difference_named(tmp_path):
 
 
 def test_the_same_config_is_the_same_run_wherever_it_is_launched(tmp_path):
-    made(tmp_path, launch={"nproc": 8, "device": "cpu"}, wandb={}).refuse_other(CONFIG)
+    elsewhere = {"launch": {"nproc": 8, "device": "cpu"}, "wandb": {}}
+    made(tmp_path, **elsewhere).refuse_other(CONFIG)  # does not raise
+    assert differences({**CONFIG, **elsewhere}, CONFIG) == []
 
 
 def test_overwrite_replaces_the_run_whole(tmp_path):
