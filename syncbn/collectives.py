@@ -1,30 +1,90 @@
-"""Everything the operator says to other ranks: one all_reduce of one message. No other operator file knows them."""
+"""Everything the operator says to other ranks: one message each way. No other operator file knows torch.distributed."""
 
-from typing import Literal
+import pickle
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-Group = Literal["world"] | ProcessGroup
-"""Which ranks form one batch: "world" is every rank of the default process group, over a communicator of our own."""
+from syncbn import groups
+from syncbn.moments import Moments, from_message, merge, to_message, to_row
 
-# The default group that existed when ours was made, and ours: a new default group (a restart) makes a new one.
-_own: tuple[ProcessGroup, ProcessGroup] | None = None
+Group = Literal["world", "node"] | int | Sequence[int] | ProcessGroup | DeviceMesh | Mapping[str, int]
+"""Which ranks form one batch.
+
+"world": all. "node": those of one machine. k: k consecutive ranks, 0 to k - 1, k to 2k - 1, ...; k divides the world.
+Ranks: these; every rank gives the list that it is in. A ProcessGroup, or one dimension of a DeviceMesh, `mesh["data"]`:
+its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n samples together, at the first forward.
+"""
+
+Reduction = Literal["all_reduce", "gather"]
 
 
-def resolve(group: Group) -> ProcessGroup | None:
-    """The process group that `group` stands for now, or None where this rank is alone.
+class Spec:
+    """A checked Group, as a layer keeps it: copies share it, and in a pickle its ranks stand for a process group."""
 
-    Raises ValueError, on every rank, for a group of another kind.
+    def __init__(self, group: Group):
+        if isinstance(group, DeviceMesh) and group.ndim != 1:
+            raise ValueError(f"group is a DeviceMesh of {group.ndim} dimensions: give one of them, as mesh['data']")
+        self.group = group
+        self.plain = None if isinstance(group, ProcessGroup | DeviceMesh) else groups.plain(group)
 
-    Collective: the first call for "world" makes a communicator, so every rank must make it, in the same order.
+    def handle(self) -> ProcessGroup:
+        """The user's own process group; only where plain is None."""
+        return self.group.get_group() if isinstance(self.group, DeviceMesh) else self.group  # pyright: ignore
+
+    def __repr__(self) -> str:
+        if self.plain is None and dist.is_initialized():
+            return f"ProcessGroup of ranks {dist.get_process_group_ranks(self.handle())}"
+        return repr(self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Spec":
+        return self
+
+    def __reduce__(self):
+        return Spec, (self.group if self.plain is not None else tuple(dist.get_process_group_ranks(self.handle())),)
+
+
+class _World(NamedTuple):
+    """The default group, a communicator of our own over its ranks, and the groups that were formed in it."""
+
+    default: ProcessGroup
+    own: ProcessGroup
+    formed: dict[Any, ProcessGroup]
+
+
+_world: _World | None = None
+
+
+def available() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def resolve(spec: Spec, samples: int = 0) -> ProcessGroup | None:
+    """The process group that spec stands for, or None where this rank is alone or there is no process group.
+
+    Args:
+        spec: what was asked for.
+        samples: N of this rank's batch, for {"samples": n}.
+
+    Raises:
+        ValueError: the ranks' requests do not fit together; the same on every rank.
+        RuntimeError: the process group given was destroyed.
+
+    Collective: the first call with a spec forms its group, so every rank of the world must make it, in the same order;
+    not so for a ProcessGroup or DeviceMesh, which are there already.
     """
-    if group != "world" and not isinstance(group, ProcessGroup):
-        raise ValueError(f"group is {group!r}: give 'world' or a torch.distributed.ProcessGroup")
-    if not (dist.is_available() and dist.is_initialized()):
+    if not available():
+        if spec.plain is None:
+            raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
         return None
-    process_group = group if isinstance(group, ProcessGroup) else _communicator()
+    process_group = spec.handle() if spec.plain is None else _form(spec.plain, samples)
     return process_group if process_group.size() > 1 else None
 
 
@@ -32,27 +92,127 @@ def resolve(group: Group) -> ProcessGroup | None:
 resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def all_reduce(message: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum the message over the group's ranks, in place; alone, it is the sum already."""
-    if group is not None:
-        dist.all_reduce(message, group=group)
-    return message
+def _form(plain: Any, samples: int) -> ProcessGroup:
+    world = _current_world()
+    if plain not in world.formed:
+        places = gather_objects(groups.Place(plain, socket.gethostname(), samples), world.own)
+        division = groups.divide(places)
+        made = {ranks: _communicator(ranks, world.own) for ranks in sorted(set(division))}
+        world.formed[plain] = made[division[dist.get_rank()]]
+    return world.formed[plain]
 
 
-def _communicator() -> ProcessGroup:
-    global _own
-    world = dist.group.WORLD
-    assert world is not None
-    if _own is None or _own[0] is not world:
-        _own = world, _new_group(world)
-    return _own[1]
+def _current_world() -> _World:
+    global _world
+    default = dist.group.WORLD
+    assert default is not None
+    # A new default group, after a restart, makes all else anew
+    if _world is None or _world.default is not default:
+        _world = _World(default, _new_group(None), {})
+    return _world
 
 
-def _new_group(world: ProcessGroup) -> ProcessGroup:
-    """A communicator of the world's ranks, so that a message never queues behind DDP's gradient buckets."""
+def _communicator(ranks: tuple[int, ...], own: ProcessGroup) -> ProcessGroup:
+    return own if len(ranks) == own.size() else _new_group(ranks)
+
+
+def _new_group(ranks: tuple[int, ...] | None) -> ProcessGroup:
+    """A communicator of the operator's own, so that a message never queues behind DDP's gradient buckets."""
     options = None
-    if dist.get_backend(world) == "nccl":
+    if dist.get_backend() == "nccl":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    group = dist.new_group(pg_options=options, group_desc="syncbn")
-    assert isinstance(group, ProcessGroup)  # every rank of the world is in it
-    return group
+    return dist.new_group(ranks, pg_options=options, group_desc="syncbn")  # pyright: ignore[reportReturnType]
+
+
+def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Each rank's value, in rank order; for set-up and log time. Unlike torch's, it needs no numpy."""
+    if group is None:
+        return [value]
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    data = torch.tensor(list(pickle.dumps(value)), dtype=torch.uint8, device=device)
+    sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()], device=device), group=group)
+    longest = int(sizes.max())
+    padded = torch.cat([data, data.new_zeros(longest - data.numel())])
+    rows = padded.new_empty(group.size() * longest)
+    dist.all_gather_into_tensor(rows, padded, group=group)
+    pieces = zip(rows.view(-1, longest).tolist(), sizes.tolist(), strict=True)
+    return [pickle.loads(bytes(row[:size])) for row, size in pieces]
+
+
+class Witness(Protocol):
+    """Somebody who marks a layer's messages, to notice when ranks send those of different layers to each other.
+
+    stamp: [2] float64, sent with every message.
+    """
+
+    stamp: Tensor
+
+    def sending(self, direction: Literal["forward", "backward"]) -> None: ...
+    def received(self, stamps: Tensor, size: int) -> None: ...
+
+
+class Exchange(NamedTuple):
+    """How one layer's moments and gradient sums become those of its group."""
+
+    group: ProcessGroup | None
+    reduction: Reduction = "all_reduce"
+    witness: Witness | None = None
+
+
+def merge_moments(local: Moments, exchange: Exchange) -> Moments:
+    """The moments of all ranks' values together; the same bits on every rank."""
+    if exchange.reduction == "gather":
+        return merge(_share(to_row(local), exchange, "forward"))
+    return from_message(_share(to_message(local), exchange, "forward"))
+
+
+def merge_sums(sums: Tensor, exchange: Exchange) -> Tensor:
+    """[2C] the sum of all ranks' sums."""
+    shared = _share(sums.clone(), exchange, "backward")
+    return shared.sum(0) if exchange.reduction == "gather" else shared
+
+
+def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
+    """Send NaN for moments, as this rank is about to raise: its peers are told, and none is left waiting."""
+    _share(torch.full((2 * channels + 1,), torch.nan, dtype=torch.float64, device=device), exchange, "forward")
+
+
+def _share(message: Tensor, exchange: Exchange, direction: Literal["forward", "backward"]) -> Tensor:
+    """The sum over ranks of message [n], in its place; with reduction "gather" the message of each, [W, n]."""
+    group, reduction, witness = exchange
+    gathering = reduction == "gather"
+    if group is None:
+        return message.unsqueeze(0) if gathering else message
+    if witness is not None:
+        witness.sending(direction)
+        message = torch.cat([message, witness.stamp])
+    if gathering:
+        rows = message.new_empty(group.size() * message.numel())
+        dist.all_gather_into_tensor(rows, message, group=group)
+        shared = rows.view(group.size(), -1)
+    else:
+        dist.all_reduce(message, group=group)
+        shared = message
+    if witness is not None:
+        shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
+        witness.received(stamps.sum(0) if gathering else stamps, group.size())
+    return shared
+
+
+class Summed(torch.autograd.Function):
+    """The sum of a tensor over the group's ranks, differentiable any number of times.
+
+    Collective: one all_reduce, and one for each backward through it.
+    """
+
+    @staticmethod
+    def forward(ctx, message: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        message = message.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(message, group=group)
+        return message
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return Summed.apply(gradient, ctx.group), None

@@ -1,6 +1,6 @@
 """Turn a model's BatchNorm layers into SyncBatchNorm and back: a layer changes its class, never its identity."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -25,8 +25,9 @@ def convert(model: Model, *, group: Group = "world") -> Model:
     """
     for layer in model.modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            vars(layer).update(converted_from=type(layer), group=group)
+            vars(layer)["converted_from"] = type(layer)
             layer.__class__ = SyncBatchNorm
+            cast(SyncBatchNorm, layer).synchronise(group)
     return model
 
 
@@ -38,5 +39,6 @@ def revert(model: Model) -> Model:
     for layer in model.modules():
         if isinstance(layer, SyncBatchNorm) and "converted_from" in vars(layer):
             layer.__class__ = vars(layer).pop("converted_from")
-            del vars(layer)["group"]
+            for name in "_spec", "reduction", "_has_peers", "_recall":
+                vars(layer).pop(name, None)
     return model

@@ -2,91 +2,189 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncbn import collectives, kernels
-from syncbn.collectives import Group, ProcessGroup
-from syncbn.moments import Moments, from_message, to_message
+from syncbn.collectives import Exchange, Group, Reduction, Spec
+from syncbn.moments import Moments, merge, to_row
+from syncbn.recompute import Recall
+
+# An input that needs a gradient whatever the others do, so that backward, and its collective, runs on every rank
+_ANCHOR = torch.zeros(0, device="cpu", requires_grad=True)
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, group: Group = "world"
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    group: Group = "world",
+    reduction: Reduction = "all_reduce",
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalise x with the mean and variance of every rank's batch taken together.
 
     Per channel, y = (x - mean) / sqrt(var + eps) * weight + bias, where mean and the biased var are over all N and
-    *S of all ranks. Ranks may differ in N and *S, and may be empty.
+    *S of all ranks. Ranks may differ in N and *S, and may be empty. Differentiable any number of times: where
+    backward itself is to be differentiated (create_graph=True), it composes the formula from plain operators.
 
     Args:
         x: [N, C, *S], any floating dtype; passes over x compute in float32, or float64 if x is.
         weight: [C], or None for 1.
         bias: [C], or None for 0.
         eps: added to the variance.
-        group: "world", or the ProcessGroup whose ranks form the batch.
+        group: the ranks that form the batch: see `syncbn.Group`.
+        reduction: "all_reduce", or "gather": each rank's moments reach all and are merged in the order of ranks, the
+            same bits in every run and exact at any |mean| / sqrt(var), for a message that grows with the ranks.
+        mask: [N] or [N, 1, *S] bool, the elements that count in mean and var, or None for all. The others are
+            normalised by them all the same, so they must be finite.
 
     Returns:
         y, shaped and typed as x (memory format too), and the Moments of the whole batch, the same bits on every rank.
         Gradients of weight and bias are this rank's share: their sum over ranks is that of the whole batch.
 
     Raises:
-        TypeError: x is not of a floating dtype.
-        ValueError: C differs from the length of weight or bias; group is of another kind; a lone rank has one value
-            per channel.
+        TypeError: x is not of a floating dtype, or mask not of bool.
+        ValueError: C differs from the length of weight or bias; mask does not fit x; the group is none; the whole
+            batch has one value per channel. On a CPU, also if a peer refused its input to this call.
 
-    Collective: one all_reduce of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it,
-    and its backward, in the same order.
+    Collective: one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it, and
+    its backward, in the same order, whether or not its own tensors need a gradient.
 
-    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
-    _check(x, weight, bias)
-    process_group = collectives.resolve(group)
-    if process_group is None and 0 < x.numel() <= x.size(1):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}: a batch needs more than one value per channel to have a variance"
-        )
-    y, *moments = _SyncBatchNorm.apply(x, weight, bias, eps, process_group)
+    spec = group if isinstance(group, Spec) else Spec(group)
+    exchange = Exchange(collectives.resolve(spec, x.size(0) if x.dim() else 0), reduction)
+    return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    channels: int,
+    exchange: Exchange,
+    recall: Recall | None,
+) -> tuple[Tensor, Moments]:
+    """sync_batch_norm for a layer of `channels`, which knows its peers and may recall what they said."""
+    try:
+        mask = _checked(x, weight, bias, mask, channels)
+    except (TypeError, ValueError):
+        collectives.refuse(channels, exchange, x.device)
+        raise
+    anchor = None if exchange.group is None else _ANCHOR
+    y, *moments = _BatchNorm.apply(x, weight, bias, anchor, mask, eps, exchange, recall)
     return y, Moments(*moments)
 
 
-class _SyncBatchNorm(torch.autograd.Function):
+class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: ProcessGroup | None):
+    def forward(ctx, x, weight, bias, anchor, mask, eps, exchange, recall):
         kernel = kernels.choose(x)
-        message = collectives.all_reduce(to_message(kernel.moments(x)), group)
-        moments = from_message(message)
+        local, work = kernel.moments(x, mask)
+        if recall is not None and recall.due():
+            moments = recall.find(local)
+        else:
+            moments = collectives.merge_moments(local, exchange)
+            if recall is not None:
+                recall.keep(local, moments, ctx)
+        _check_count(moments.count, x, mask)
         invstd = (moments.var + eps).rsqrt()
-        y = kernel.normalize(x, moments.mean, invstd, weight, bias)
-        ctx.save_for_backward(x, weight, bias, moments.mean, invstd, moments.count)
-        ctx.group = group
+        y = kernel.normalize(x, moments.mean, invstd, weight, bias, work)
+        ctx.save_for_backward(x, weight, bias, mask, moments.mean, invstd, moments.count)
+        ctx.eps, ctx.exchange = eps, exchange
         ctx.mark_non_differentiable(*moments)
         return y, *moments
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor, *_):
-        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+    def backward(ctx, dy, *_):
+        x, weight, bias, mask, mean, invstd, count = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_backward_to_differentiate(dy, x, weight, bias, mask, ctx.eps, ctx.exchange), *[None] * 5
         kernel = kernels.choose(x)
         sums = kernel.grad_sums(dy, x, mean, invstd)
         # Whatever this rank needs of it, its peers need its part
-        mean_dy, mean_dy_xhat = (collectives.all_reduce(sums.clone(), ctx.group) / count.clamp(min=1)).chunk(2)
+        mean_dy, mean_dy_xhat = (collectives.merge_sums(sums, ctx.exchange) / count.clamp(min=1)).chunk(2)
         dbias, dweight = sums.chunk(2)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = kernel.grad_input(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat)
-        return (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None,
-            None,
-        )
+            dx = kernel.grad_input(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat, mask)
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dx, dweight, dbias, *[None] * 5
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _backward_to_differentiate(dy, x, weight, bias, mask, eps, exchange):
+    """dx, dweight and dbias, with their own graph: backward through the formula in plain operators."""
+    anchor = torch.zeros(0, requires_grad=True)
+    y = _composed(x, weight, bias, anchor, mask, eps, exchange)
+    inputs = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
+    wanted = [anchor, *(t for t in inputs if t is not None)]
+    # The anchor takes part so that the collectives within run on every rank
+    _, *gradients = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+    return [None if t is None else gradients.pop(0) for t in inputs]
+
+
+def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
+    """y, in operators that are differentiable any number of times."""
+    values = x.double()
+    dims = [d for d in range(x.dim()) if d != 1]
+    here = torch.ones_like(values[:, :1]) if mask is None else mask.double().expand_as(values[:, :1])
+    count = here.sum()
+    mean = (values * here).sum(dims) / count.clamp(min=1)
+    m2 = ((values - _per_channel(mean, x)).square() * here).sum(dims)
+    row = to_row(Moments(count, mean, m2)) + anchor.double().sum().to(x.device)
+    rows = row.unsqueeze(0)
+    if exchange.group is not None:
+        # Each rank's row among zeros: summed, they are gathered
+        place = torch.zeros(exchange.group.size(), 1, dtype=row.dtype, device=x.device)
+        place[exchange.group.rank()] = 1
+        rows = collectives.Summed.apply(place * row, exchange.group)
+    moments = merge(rows)
+    y = (values - _per_channel(moments.mean, x)) * _per_channel((moments.var + eps).rsqrt(), x)
+    y = y if weight is None else y * _per_channel(weight, x)
+    y = y if bias is None else y + _per_channel(bias, x)
+    return y.to(x.dtype)
+
+
+def _checked(x, weight, bias, mask, channels: int) -> Tensor | None:
+    """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: batch norm takes a floating dtype, say x.float()")
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, C, *S]")
+    if x.dim() < 2 or x.size(1) != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {channels or 'C'}, *S]")
+    if x.size(0) > 0 and x.numel() == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: a spatial size of 0 holds no values; a rank without data has N = 0"
+        )
     for name, parameter in ("weight", weight), ("bias", bias):
-        if parameter is not None and parameter.numel() != x.size(1):
-            raise ValueError(f"x has {x.size(1)} channels but {name} has {parameter.numel()}: they must match")
+        if parameter is not None and parameter.numel() != channels:
+            raise ValueError(f"x has {channels} channels but {name} has {parameter.numel()}: they must match")
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}: it must be bool, True where an element counts")
+    if mask.shape == x.shape[:1]:
+        return mask.view(-1, *[1] * (x.dim() - 1))
+    if mask.shape != (x.size(0), 1, *x.shape[2:]):
+        raise ValueError(f"x has shape {tuple(x.shape)} but mask {tuple(mask.shape)}: mask must be [N] or [N, 1, *S]")
+    return mask
+
+
+def _check_count(count: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    """Refuse, on every rank, a whole batch that has no variance, or part of which was refused."""
+    one_value = "the whole batch has one value per channel: a variance needs more"
+    if count.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = count.item()
+        if size == 1:
+            raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
+        if size != size:
+            raise ValueError("another rank of the group refused its input to this layer: its own error says why")
+    elif mask is not None or x.numel() <= x.size(1):
+        torch._assert_async(count != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.view(1, -1, *[1] * (x.dim() - 2))

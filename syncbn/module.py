@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.collectives import Group
-from syncbn.functional import sync_batch_norm
+from syncbn import collectives, recompute
+from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
+from syncbn.functional import batch_norm
 from syncbn.moments import update_running
 
 
@@ -25,13 +27,21 @@ class SyncBatchNorm(_BatchNorm):
         affine: learn weight [C] and bias [C].
         track_running_stats: keep running_mean [C], running_var [C] and num_batches_tracked []; without them eval
             normalises by the statistics of this rank's batch.
-        group: "world", or the ProcessGroup whose ranks form the batch.
+        bias: learn bias, if affine.
+        group: the ranks that form one batch: see `syncbn.Group`. It may be set anew at any time. A process group is
+            shared by deep copies and pickled as its ranks.
+        reduction: "all_reduce", or "gather" for the same bits in every run: see `syncbn.sync_batch_norm`.
+        device, dtype: of parameters and buffers; running buffers are never in half precision, whatever the dtype.
 
-    Collective: in training, one all_reduce of 2C + 1 float64 forward, one of 2C backward; every rank of the group
-    must reach the layer as often, in the same order. DDP needs no buffer broadcast for it.
+    Collective: in training, one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must
+    reach the layer as often, in the same order, with grad mode alike. DDP needs no buffer broadcast for it. Under
+    activation checkpointing the second run of forward sends nothing and leaves the buffers.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; over devices, Peng et al. 2018, arXiv:1711.07240.
     """
+
+    reduction: Reduction = "all_reduce"
+    witness: Witness | None = None
 
     def __init__(
         self,
@@ -41,26 +51,104 @@ class SyncBatchNorm(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         group: Group = "world",
+        reduction: Reduction = "all_reduce",
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.group: Group = group
+        if not bias:
+            self.bias = None
+        self.synchronise(group, reduction)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def synchronise(self, group: Group, reduction: Reduction = "all_reduce") -> None:
+        """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
+        if reduction not in ("all_reduce", "gather"):
+            raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce' or 'gather'")
+        self.group = group
+        self.reduction = reduction
+        keep_buffers_precise(self)
+
+    @property
+    def group(self) -> Group:
+        """The ranks that form one batch."""
+        return vars(self)["_spec"].group
+
+    @group.setter
+    def group(self, group: Group) -> None:
+        vars(self)["_spec"] = Spec(group)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise x.
+
+        Args:
+            x: [N, C, *S].
+            mask: [N] or [N, 1, *S] bool, the elements that count in training's mean and variance; None for all.
+        """
+        if not self.training:
+            return self._by_running_statistics(x)
+        recall = None
+        if not torch.compiler.is_compiling() and recompute.possible():
+            recall = vars(self).setdefault("_recall", recompute.Recall())
+        recomputing = recall is not None and recall.due()
+        exchange = Exchange(self._process_group(x), self.reduction, self.witness)
+        y, moments = batch_norm(x, self.weight, self.bias, mask, self.eps, self.num_features, exchange, recall)
+        if self.running_mean is not None and not recomputing:
+            assert self.running_var is not None and self.num_batches_tracked is not None
+            update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
+        return y
+
+    def _process_group(self, x: Tensor) -> ProcessGroup | None:
+        process_group = collectives.resolve(vars(self)["_spec"], x.size(0) if x.dim() else 0)
+        if process_group is not None:
+            vars(self)["_has_peers"] = True
+        elif "_has_peers" in vars(self) and not collectives.available():
+            raise RuntimeError(
+                "the process group that this layer synchronised over was destroyed: initialise one, or "
+                "syncbn.revert(model) to train in this process alone"
+            )
+        return process_group
+
+    def _by_running_statistics(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if self.training:
-            y, moments = sync_batch_norm(x, self.weight, self.bias, eps=self.eps, group=self.group)
-            if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-                update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
-            return y
-        from_batch = self.running_mean is None
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, from_batch, 0.0, self.eps)
+        # Parameters may be in half precision, where buffers never are
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, var, weight, bias = (
+            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(x, mean, var, weight, bias, self.running_mean is None, 0.0, self.eps)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.size(1) != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {self.num_features}, *S]")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "SyncBatchNorm":
+        before = {name: getattr(self, name) for name in _RUNNING}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype not in _PRECISE:
+                # .half() and .bfloat16() go for the parameters alone
+                setattr(self, name, buffer.to(after.device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to this process and this step
+        return {name: value for name, value in vars(self).items() if name not in ("_recall", "_has_peers", "witness")}
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, group={self.group!r}"
+        reduction = "" if self.reduction == "all_reduce" else f", reduction={self.reduction!r}"
+        return f"{super().extra_repr()}, group={vars(self)['_spec']!r}{reduction}"
+
+
+_RUNNING = ("running_mean", "running_var")
+_PRECISE = (torch.float32, torch.float64)
+
+
+def keep_buffers_precise(layer: nn.Module) -> None:
+    """Make half-precision running buffers float32; they remain the tensors that they are."""
+    for name in _RUNNING:
+        buffer = getattr(layer, name)
+        if buffer is not None and buffer.dtype not in _PRECISE:
+            buffer.data = buffer.data.float()

@@ -43,6 +43,28 @@ def from_message(message: Tensor) -> Moments:
     return Moments(count, mean, torch.addcmul(squares, total, mean, value=-1).clamp(min=0))
 
 
+def to_row(moments: Moments) -> Tensor:
+    """Pack moments as they are, [mean | m2 | count], [2C + 1] float64, for `merge`."""
+    return torch.cat([moments.mean, moments.m2, moments.count.unsqueeze(0)])
+
+
+def from_row(row: Tensor) -> Moments:
+    """Unpack a row."""
+    mean, m2 = row[:-1].chunk(2)
+    return Moments(row[-1], mean, m2)
+
+
+def merge(rows: Tensor) -> Moments:
+    """The moments of all rows, [W, 2C + 1], taken together; nothing cancels, however far mean is from zero.
+
+    Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+    """
+    counts, (means, m2s) = rows[:, -1:], rows[:, :-1].chunk(2, dim=1)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    return Moments(count, mean, (m2s + counts * (means - mean).square()).sum(0))
+
+
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,

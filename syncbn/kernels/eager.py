@@ -1,7 +1,7 @@
 """The kernels in torch's own operators: any device, any dtype, no code to build.
 
-On a CPU `native_batch_norm` (eval mode) and the parameter gradients of `native_batch_norm_backward` are vectorised
-passes over x, which `var_mean` is not.
+On a CPU the parameter gradients of `native_batch_norm_backward` are the one vectorised pass that yields two sums per
+channel; `var_mean`, and the statistics of `native_batch_norm` itself, go element by element in double.
 """
 
 import torch
@@ -12,33 +12,52 @@ from syncbn.moments import Moments
 _native = torch.ops.aten.native_batch_norm
 _native_backward = torch.ops.aten.native_batch_norm_backward
 
+# Values that one float32 accumulator may add up: beyond, its rounding shows in the fifth digit
+_ROWS, _PLANE = 2**11, 2**15
 
-def moments(x: Tensor) -> Moments:
-    channels, dtype = x.size(1), _statistics_dtype(x)
-    size = x.numel() // channels
-    count = torch.full((), size, dtype=torch.float64, device=x.device)
+
+def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
+    channels, size = x.size(1), x.numel() // x.size(1)
     if size == 0:
-        return Moments(count, *torch.zeros(2, channels, dtype=torch.float64, device=x.device))
-    zero, one = torch.zeros(channels, dtype=dtype, device=x.device), torch.ones(channels, dtype=dtype, device=x.device)
-    pivot = zero
-    if x.dtype == dtype:
-        # Squares about a value near the mean: nothing cancels. In half precision x itself is coarser than what cancels.
-        pivot = x.sum(_all_but_channel(x)) / size
+        return Moments(*(x.new_zeros(shape, dtype=torch.float64) for shape in ((), channels, channels))), None
+    count = _count(x, mask)
+    if _is_half(x):
+        # x itself is coarser than what cancels between its squares
+        x = x if mask is None else x.where(mask, 0)
+        work, pivot = None, count.new_zeros(channels)
+    else:
+        pivot = _pivot(x, mask)
         x = x - _per_channel(pivot, x)
-    total, squares = _sums(x, x, zero, one).double().chunk(2)
-    offset = total / size
-    return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1))
+        x = x if mask is None else x.where(mask, 0)
+        work = (x, pivot) if mask is None else None
+    total, squares = _sums(x, x, torch.zeros_like(pivot, dtype=_statistics_dtype(x)))
+    offset = total / count.clamp(min=1)
+    return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1)), work
 
 
-def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _affine(x, mean, invstd if weight is None else invstd * weight, bias)
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    work: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    if _is_half(x):
+        return _affine(x, mean, scale, bias)
+    centred, pivot = _centred(x, mean) if work is None else work
+    shift = (pivot - mean) * scale
+    shift = shift if bias is None else shift + bias
+    return centred.mul_(_per_channel(scale, x)).add_(_per_channel(shift, x))
 
 
 def grad_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     if x.numel() == 0:
-        return torch.zeros(2 * x.size(1), dtype=torch.float64, device=x.device)
-    dtype = _statistics_dtype(x)
-    return _sums(dy, x, mean.to(dtype), invstd.to(dtype)).double()
+        return mean.new_zeros(2 * x.size(1))
+    pivot = mean.to(_statistics_dtype(x))
+    total, dot = _sums(dy, x, pivot)
+    return torch.cat([total, torch.addcmul(dot, pivot - mean, total) * invstd])
 
 
 def grad_input(
@@ -49,32 +68,107 @@ def grad_input(
     weight: Tensor | None,
     mean_dy: Tensor,
     mean_dy_xhat: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     # dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale, as an affine map of x plus one of dy
     scale = invstd if weight is None else invstd * weight
-    from_x = _affine(x, mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
-    return from_x.add_(_affine(dy, torch.zeros_like(mean), scale, None))
+    slope, shift = -scale * invstd * mean_dy_xhat, -scale * mean_dy
+    if _is_half(x):
+        through_moments = _affine(x, mean, slope, shift)
+    else:
+        centred, pivot = _centred(x, mean)
+        shift = torch.addcmul(shift, pivot - mean, slope)
+        through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
+    if mask is not None:
+        through_moments.mul_(mask)
+    if _is_half(x):
+        return through_moments.add_(_affine(dy, torch.zeros_like(mean), scale, None))
+    return through_moments.addcmul_(dy, _per_channel(scale, x))
+
+
+def _count(x: Tensor, mask: Tensor | None) -> Tensor:
+    size = x.numel() // x.size(1)
+    if mask is None:
+        return torch.full((), size, dtype=torch.float64, device=x.device)
+    return mask.sum(dtype=torch.float64) * (size // mask.numel())
+
+
+def _pivot(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[C], a value near the mean of x: squares about it lose nothing."""
+    if mask is not None:
+        x = x.where(mask, 0)
+        return (x.sum(_all_but_channel(x)) / _count(x, mask).clamp(min=1)).to(x.dtype)
+    # The mean of a sixteenth of the values is within sqrt(15) standard deviations of that of all
+    some = x[: (x.size(0) + 15) // 16]
+    return some.mean(_all_but_channel(x))
+
+
+def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """x less a pivot, and the pivot: mean, rounded to x's dtype."""
+    pivot = mean.to(x.dtype)
+    return x - _per_channel(pivot, x), pivot
 
 
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """(x - mean) * scale + shift, typed as x."""
+    """(x - mean) * scale + shift in float32, typed as x."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    mean, scale = mean.to(_statistics_dtype(x)), scale.to(_statistics_dtype(x))
-    shift = torch.zeros_like(scale) if shift is None else shift.to(scale.dtype)
+    mean, scale = mean.float(), scale.float()
+    shift = torch.zeros_like(scale) if shift is None else shift.float()
     return _native(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """[2C] = [sum dy | sum dy * (x - mean) * invstd], typed as mean."""
+def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """[C] float64 each: sum dy and sum dy * (x - mean)."""
+    if torch.compiler.is_compiling():
+        dims = _all_but_channel(x)
+        dy, x = dy.to(mean.dtype), x - _per_channel(mean, x)
+        return dy.sum(dims, dtype=torch.float64), (dy * x).sum(dims, dtype=torch.float64)
+    if x.dim() > 2 and x.is_contiguous():
+        return _sums_of_planes(dy.contiguous(), x, mean)
+    rows = x.movedim(1, -1).reshape(-1, x.size(1))
+    return _sums_of_rows(dy.movedim(1, -1).reshape(rows.shape), rows, mean)
+
+
+def _sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """_sums where each channel lies in one piece, [N, C, *S]."""
+    images, channels = x.shape[:2]
+    parts = [(dy, x)]
+    if x.numel() > _PLANE * images * channels:
+        dy, x = (t.reshape(images, -1, t.size(-1)) for t in (dy, x))
+        parts = list(zip(dy.split(_PLANE, -1), x.split(_PLANE, -1), strict=True))
+        mean = mean.repeat_interleave(x.size(1) // channels)
+    sums = torch.stack([_parameter_gradients(*part, mean) for part in parts]).sum(0)
+    total, dot = sums.view(2, channels, -1).sum(2)
+    return total, dot
+
+
+def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """_sums where the channels of a position lie side by side, [R, C]."""
+    rows, channels = x.shape
+    # Longer rows of several positions make shorter columns to add up
+    fold = -(-rows // _ROWS)
+    whole = rows - rows % fold
+    dy_folded, x_folded = (t[:whole].reshape(-1, fold * channels) for t in (dy, x))
+    sums = _parameter_gradients(dy_folded, x_folded, mean.repeat(fold)).view(2, fold, channels).sum(1)
+    if whole < rows:
+        sums = sums + _parameter_gradients(dy[whole:], x[whole:], mean)
+    total, dot = sums
+    return total, dot
+
+
+def _parameter_gradients(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     one = torch.ones_like(mean)
-    wanted = [False, True, True]
-    _, dot, total = _native_backward(dy, x, one, mean, one, None, None, False, 0.0, wanted)
-    return torch.cat([total, dot * invstd])
+    _, dot, total = _native_backward(dy, x, one, mean, one, None, None, False, 0.0, [False, True, True])
+    return torch.stack([total, dot]).double()
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype not in (torch.float32, torch.float64)
 
 
 def _all_but_channel(x: Tensor) -> list[int]:
@@ -82,4 +176,4 @@ def _all_but_channel(x: Tensor) -> list[int]:
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(1, -1, *[1] * (x.dim() - 2))
+    return v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))

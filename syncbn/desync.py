@@ -1,0 +1,1 @@
+"""Notice when ranks run different layers."""

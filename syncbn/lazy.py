@@ -1,0 +1,1 @@
+"""A SyncBatchNorm that learns its number of channels from its first input."""

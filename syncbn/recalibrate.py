@@ -1,0 +1,1 @@
+"""Exact statistics of a whole data stream in the running buffers."""

@@ -1,0 +1,73 @@
+"""Activation checkpointing runs a forward again within backward: then its moments are remembered, not asked for.
+
+The peers' part is the same the second time, so a second collective would be waste, and a second running update wrong
+(pytorch#96136). What the first run learnt lives as long as the autograd node that will cause the second.
+"""
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn.moments import Moments, from_row, to_row
+
+
+class Recall:
+    """What one layer remembers of the forwards that may be run again."""
+
+    def __init__(self) -> None:
+        self._kept: list[weakref.ref[_Forward]] = []
+
+    def due(self) -> bool:
+        """Whether the forward about to run is the second run of one that was kept."""
+        return torch._C._current_graph_task_id() != -1 and bool(self._alive())
+
+    def keep(self, local: Moments, merged: Moments, ctx: Any) -> None:
+        """Remember this forward, of which ctx is the autograd context, if checkpointing may run it again."""
+        owner = ctx if _saving_is_hooked() else _reentrant_checkpoint()
+        if owner is not None:
+            forward = _Forward(local, merged)
+            owner.syncbn_forwards = [*getattr(owner, "syncbn_forwards", ()), forward]
+            self._kept = [weakref.ref(one) for one in (*self._alive(), forward)]
+
+    def find(self, local: Moments) -> Moments:
+        """The group's moments of the forward whose own moments were local; no host wait."""
+        kept = self._alive()
+        merged = kept[0].merged
+        if len(kept) > 1:
+            # The nearest, not the equal: some kernels add in another order each time
+            distance = (torch.stack([one.local for one in kept]) - to_row(local)).abs().sum(1)
+            merged = torch.stack([one.merged for one in kept]).index_select(0, distance.argmin(0, keepdim=True))[0]
+        return from_row(merged)
+
+    def _alive(self) -> list["_Forward"]:
+        return [forward for forward in (kept() for kept in self._kept) if forward is not None]
+
+
+class _Forward:
+    def __init__(self, local: Moments, merged: Moments):
+        self.local: Tensor = to_row(local)
+        self.merged: Tensor = to_row(merged)
+
+
+def possible() -> bool:
+    """Whether checkpointing may be about, so that a layer needs its Recall. Always cheap."""
+    return _saving_is_hooked() or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
+
+
+def _saving_is_hooked() -> bool:
+    """Non-reentrant checkpointing hooks what is saved for backward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
+
+
+def _reentrant_checkpoint() -> Any | None:
+    """The autograd node of a reentrant checkpoint up the stack: torch's, or its kin in Megatron and DeepSpeed."""
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_qualname.endswith("CheckpointFunction.forward"):
+            return frame.f_locals[code.co_varnames[0]]
+        frame = frame.f_back
+    return None
