@@ -4,6 +4,7 @@ import pickle
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,11 @@ its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n sam
 """
 
 Reduction = Literal["all_reduce", "gather"]
+Direction = Literal["forward", "backward"]
 
 
 class Spec:
-    """A checked Group, as a layer keeps it: copies share it, and in a pickle its ranks stand for a process group."""
+    """A checked Group, as a layer keeps it: deep copies share it, and in a pickle ranks stand for a process group."""
 
     def __init__(self, group: Group):
         if isinstance(group, DeviceMesh) and group.ndim != 1:
@@ -50,12 +52,22 @@ class Spec:
         return Spec, (self.group if self.plain is not None else tuple(dist.get_process_group_ranks(self.handle())),)
 
 
+_specs: dict[Any, Spec] = {}
+
+
+def spec_of(group: Group) -> Spec:
+    """The one Spec of a group that is asked for call by call, with no layer to keep it."""
+    spec = Spec(group)
+    return spec if spec.plain is None else _specs.setdefault(spec.plain, spec)
+
+
 class _World(NamedTuple):
-    """The default group, a communicator of our own over its ranks, and the groups that were formed in it."""
+    """The default group, our own communicator over its ranks, and what was agreed on in it."""
 
     default: ProcessGroup
     own: ProcessGroup
-    formed: dict[Any, ProcessGroup]
+    communicators: dict[tuple[int, ...], ProcessGroup]
+    formed: WeakKeyDictionary[Spec, ProcessGroup]
 
 
 _world: _World | None = None
@@ -77,14 +89,14 @@ def resolve(spec: Spec, samples: int = 0) -> ProcessGroup | None:
         ValueError: the ranks' requests do not fit together; the same on every rank.
         RuntimeError: the process group given was destroyed.
 
-    Collective: the first call with a spec forms its group, so every rank of the world must make it, in the same order;
-    not so for a ProcessGroup or DeviceMesh, which are there already.
+    Collective: the first call with a spec forms its group, so every rank of the world must make it, with a spec that
+    was not used before, in the same order; not so for a ProcessGroup or DeviceMesh, which are there already.
     """
     if not available():
         if spec.plain is None:
             raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
         return None
-    process_group = spec.handle() if spec.plain is None else _form(spec.plain, samples)
+    process_group = spec.handle() if spec.plain is None else _form(spec, samples)
     return process_group if process_group.size() > 1 else None
 
 
@@ -92,14 +104,16 @@ def resolve(spec: Spec, samples: int = 0) -> ProcessGroup | None:
 resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _form(plain: Any, samples: int) -> ProcessGroup:
+def _form(spec: Spec, samples: int) -> ProcessGroup:
     world = _current_world()
-    if plain not in world.formed:
-        places = gather_objects(groups.Place(plain, socket.gethostname(), samples), world.own)
+    if spec not in world.formed:
+        places = gather_objects(groups.Place(spec.plain, socket.gethostname(), samples), world.own)
         division = groups.divide(places)
-        made = {ranks: _communicator(ranks, world.own) for ranks in sorted(set(division))}
-        world.formed[plain] = made[division[dist.get_rank()]]
-    return world.formed[plain]
+        for ranks in sorted(set(division)):
+            if ranks not in world.communicators:
+                world.communicators[ranks] = _new_group(ranks)
+        world.formed[spec] = world.communicators[division[dist.get_rank()]]
+    return world.formed[spec]
 
 
 def _current_world() -> _World:
@@ -108,15 +122,13 @@ def _current_world() -> _World:
     assert default is not None
     # A new default group, after a restart, makes all else anew
     if _world is None or _world.default is not default:
-        _world = _World(default, _new_group(None), {})
+        everyone = tuple(range(default.size()))
+        own = _new_group(everyone)
+        _world = _World(default, own, {everyone: own}, WeakKeyDictionary())
     return _world
 
 
-def _communicator(ranks: tuple[int, ...], own: ProcessGroup) -> ProcessGroup:
-    return own if len(ranks) == own.size() else _new_group(ranks)
-
-
-def _new_group(ranks: tuple[int, ...] | None) -> ProcessGroup:
+def _new_group(ranks: tuple[int, ...]) -> ProcessGroup:
     """A communicator of the operator's own, so that a message never queues behind DDP's gradient buckets."""
     options = None
     if dist.get_backend() == "nccl":
@@ -140,16 +152,40 @@ def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     return [pickle.loads(bytes(row[:size])) for row, size in pieces]
 
 
+def gather_rows(row: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[W, n], each rank's row, [n] on the CPU, in rank order; it waits for the host."""
+    if group is None:
+        return row.unsqueeze(0)
+    sent = row.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    rows = sent.new_empty(group.size() * sent.numel())
+    dist.all_gather_into_tensor(rows, sent, group=group)
+    return rows.view(group.size(), -1).cpu()
+
+
+def everyone() -> ProcessGroup | None:
+    """The default group, for what is not a layer's message: those have the operator's own, and never meet it."""
+    return dist.group.WORLD if available() else None
+
+
+def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+    """The ranks in the world of a group's members."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def store() -> dist.distributed_c10d.Store:
+    """The default group's store, through a connection of its own that a thread may block."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
 class Witness(Protocol):
     """Somebody who marks a layer's messages, to notice when ranks send those of different layers to each other.
 
-    stamp: [2] float64, sent with every message.
+    stamp: [2] float64, which travels with the message about to be sent.
+    received: is given the sum [2] of the stamps of the group's `size` ranks.
     """
 
-    stamp: Tensor
-
-    def sending(self, direction: Literal["forward", "backward"]) -> None: ...
-    def received(self, stamps: Tensor, size: int) -> None: ...
+    def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor: ...
+    def received(self, direction: Direction, stamps: Tensor, size: int) -> None: ...
 
 
 class Exchange(NamedTuple):
@@ -178,15 +214,14 @@ def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
     _share(torch.full((2 * channels + 1,), torch.nan, dtype=torch.float64, device=device), exchange, "forward")
 
 
-def _share(message: Tensor, exchange: Exchange, direction: Literal["forward", "backward"]) -> Tensor:
+def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     """The sum over ranks of message [n], in its place; with reduction "gather" the message of each, [W, n]."""
     group, reduction, witness = exchange
     gathering = reduction == "gather"
     if group is None:
         return message.unsqueeze(0) if gathering else message
     if witness is not None:
-        witness.sending(direction)
-        message = torch.cat([message, witness.stamp])
+        message = torch.cat([message, witness.stamp(direction, group, message.device)])
     if gathering:
         rows = message.new_empty(group.size() * message.numel())
         dist.all_gather_into_tensor(rows, message, group=group)
@@ -196,7 +231,7 @@ def _share(message: Tensor, exchange: Exchange, direction: Literal["forward", "b
         shared = message
     if witness is not None:
         shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
-        witness.received(stamps.sum(0) if gathering else stamps, group.size())
+        witness.received(direction, stamps.sum(0) if gathering else stamps, group.size())
     return shared
 
 

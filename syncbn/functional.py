@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from syncbn import collectives, kernels
-from syncbn.collectives import Exchange, Group, Reduction, Spec
+from syncbn.collectives import Exchange, Group, Reduction
 from syncbn.moments import Moments, merge, to_row
 from syncbn.recompute import Recall
 
@@ -53,8 +53,8 @@ def sync_batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
-    spec = group if isinstance(group, Spec) else Spec(group)
-    exchange = Exchange(collectives.resolve(spec, x.size(0) if x.dim() else 0), reduction)
+    process_group = collectives.resolve(collectives.spec_of(group), x.size(0) if x.dim() else 0)
+    exchange = Exchange(process_group, reduction)
     return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn import collectives, recompute
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
 from syncbn.functional import batch_norm
-from syncbn.moments import update_running
+from syncbn.moments import Moments, update_running
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -94,9 +94,8 @@ class SyncBatchNorm(_BatchNorm):
         recomputing = recall is not None and recall.due()
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
         y, moments = batch_norm(x, self.weight, self.bias, mask, self.eps, self.num_features, exchange, recall)
-        if self.running_mean is not None and not recomputing:
-            assert self.running_var is not None and self.num_batches_tracked is not None
-            update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
+        if not recomputing:
+            self._update_running(moments)
         return y
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
@@ -109,6 +108,10 @@ class SyncBatchNorm(_BatchNorm):
                 "syncbn.revert(model) to train in this process alone"
             )
         return process_group
+
+    def _update_running(self, moments: Moments) -> None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)

@@ -4,6 +4,8 @@ On a CPU the parameter gradients of `native_batch_norm_backward` are the one vec
 channel; `var_mean`, and the statistics of `native_batch_norm` itself, go element by element in double.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,23 +16,23 @@ _native_backward = torch.ops.aten.native_batch_norm_backward
 
 # Values that one float32 accumulator may add up: beyond, its rounding shows in the fifth digit
 _ROWS, _PLANE = 2**11, 2**15
+# Values that lie in a core's cache twice over in float32
+_BLOCK = 2**18
 
 
 def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
     channels, size = x.size(1), x.numel() // x.size(1)
     if size == 0:
         return Moments(*(x.new_zeros(shape, dtype=torch.float64) for shape in ((), channels, channels))), None
-    count = _count(x, mask)
+    count, pivot = _count(x, mask), _pivot(x, mask)
     if _is_half(x):
-        # x itself is coarser than what cancels between its squares
-        x = x if mask is None else x.where(mask, 0)
-        work, pivot = None, count.new_zeros(channels)
+        work = None
+        pieces = [_squares(_masked(part.float().sub_(_per_channel(pivot, x)), m)) for part, m in _blocks(x, mask)]
+        total, squares = torch.stack(pieces).sum(0)
     else:
-        pivot = _pivot(x, mask)
-        x = x - _per_channel(pivot, x)
-        x = x if mask is None else x.where(mask, 0)
-        work = (x, pivot) if mask is None else None
-    total, squares = _sums(x, x, torch.zeros_like(pivot, dtype=_statistics_dtype(x)))
+        centred = _masked(x - _per_channel(pivot, x), mask)
+        work = (centred, pivot) if mask is None else None
+        total, squares = _squares(centred)
     offset = total / count.clamp(min=1)
     return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1)), work
 
@@ -95,12 +97,23 @@ def _count(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _pivot(x: Tensor, mask: Tensor | None) -> Tensor:
     """[C], a value near the mean of x: squares about it lose nothing."""
+    dims, dtype = _all_but_channel(x), _statistics_dtype(x)
     if mask is not None:
-        x = x.where(mask, 0)
-        return (x.sum(_all_but_channel(x)) / _count(x, mask).clamp(min=1)).to(x.dtype)
+        return (_masked(x, mask).sum(dims, dtype=dtype) / _count(x, mask).clamp(min=1)).to(dtype)
     # The mean of a sixteenth of the values is within sqrt(15) standard deviations of that of all
-    some = x[: (x.size(0) + 15) // 16]
-    return some.mean(_all_but_channel(x))
+    return x[: (x.size(0) + 15) // 16].mean(dims, dtype=dtype)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.where(mask, 0)
+
+
+def _blocks(x: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """x and mask, on a CPU in pieces that a core's cache holds in float32."""
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    images = x.size(0) if whole else max(1, _BLOCK * x.size(0) // x.numel())
+    parts = x.split(images)
+    return zip(parts, [None] * len(parts) if mask is None else mask.split(images), strict=True)
 
 
 def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +129,11 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Ten
     mean, scale = mean.float(), scale.float()
     shift = torch.zeros_like(scale) if shift is None else shift.float()
     return _native(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+
+
+def _squares(x: Tensor) -> Tensor:
+    """[2, C] float64: sum x and sum x²."""
+    return torch.stack(_sums(x, x, x.new_zeros(x.size(1))))
 
 
 def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,4 +194,4 @@ def _all_but_channel(x: Tensor) -> list[int]:
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    return v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+    return v.to(_statistics_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
