@@ -24,6 +24,15 @@ its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n sam
 """
 
 Reduction = Literal["all_reduce", "gather"]
+
+
+def checked(reduction: Reduction) -> Reduction:
+    """reduction, or ValueError."""
+    if reduction not in ("all_reduce", "gather"):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce' or 'gather'")
+    return reduction
+
+
 Direction = Literal["forward", "backward"]
 
 

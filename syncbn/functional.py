@@ -45,8 +45,8 @@ def sync_batch_norm(
 
     Raises:
         TypeError: x is not of a floating dtype, or mask not of bool.
-        ValueError: C differs from the length of weight or bias; mask does not fit x; the group is none; the whole
-            batch has one value per channel. On a CPU, also if a peer refused its input to this call.
+        ValueError: C differs from the length of weight or bias; mask does not fit x; no such group or reduction; the
+            whole batch has one value per channel. On a CPU, also if a peer refused its input to this call.
 
     Collective: one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it, and
     its backward, in the same order, whether or not its own tensors need a gradient.
@@ -54,7 +54,7 @@ def sync_batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
     process_group = collectives.resolve(collectives.spec_of(group), x.size(0) if x.dim() else 0)
-    exchange = Exchange(process_group, reduction)
+    exchange = Exchange(process_group, collectives.checked(reduction))
     return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
 
 

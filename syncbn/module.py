@@ -64,10 +64,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def synchronise(self, group: Group, reduction: Reduction = "all_reduce") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
-        if reduction not in ("all_reduce", "gather"):
-            raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce' or 'gather'")
+        self.reduction = collectives.checked(reduction)
         self.group = group
-        self.reduction = reduction
         keep_buffers_precise(self)
 
     @property

@@ -26,7 +26,7 @@ class Recall:
 
     def keep(self, local: Moments, merged: Moments, ctx: Any) -> None:
         """Remember this forward, of which ctx is the autograd context, if checkpointing may run it again."""
-        owner = ctx if _saving_is_hooked() else _reentrant_checkpoint()
+        owner = _reentrant_checkpoint() or (ctx if _saving_is_hooked() else None)
         if owner is not None:
             forward = _Forward(local, merged)
             owner.syncbn_forwards = [*getattr(owner, "syncbn_forwards", ()), forward]
@@ -63,11 +63,11 @@ def _saving_is_hooked() -> bool:
 
 
 def _reentrant_checkpoint() -> Any | None:
-    """The autograd node of a reentrant checkpoint up the stack: torch's, or its kin in Megatron and DeepSpeed."""
-    frame = sys._getframe()
+    """The autograd node of the outermost reentrant checkpoint: torch's, or its kin in Megatron and DeepSpeed."""
+    node, frame = None, sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_qualname.endswith("CheckpointFunction.forward"):
-            return frame.f_locals[code.co_varnames[0]]
+            node = frame.f_locals[code.co_varnames[0]]
         frame = frame.f_back
-    return None
+    return node
