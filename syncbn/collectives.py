@@ -49,6 +49,10 @@ class Spec:
         """The user's own process group; only where plain is None."""
         return self.group.get_group() if isinstance(self.group, DeviceMesh) else self.group  # pyright: ignore
 
+    def samples_in(self, x: Tensor) -> int:
+        """What `resolve` is to know of this rank's batch: N where the group depends on it."""
+        return x.size(0) if isinstance(self.plain, tuple) and self.plain[0] == "samples" and x.dim() else 0
+
     def __repr__(self) -> str:
         if self.plain is None and dist.is_initialized():
             return f"ProcessGroup of ranks {dist.get_process_group_ranks(self.handle())}"
@@ -207,6 +211,8 @@ class Exchange(NamedTuple):
 
 def merge_moments(local: Moments, exchange: Exchange) -> Moments:
     """The moments of all ranks' values together; the same bits on every rank."""
+    if exchange.group is None:
+        return local
     if exchange.reduction == "gather":
         return merge(_share(to_row(local), exchange, "forward"))
     return from_message(_share(to_message(local), exchange, "forward"))
@@ -214,21 +220,23 @@ def merge_moments(local: Moments, exchange: Exchange) -> Moments:
 
 def merge_sums(sums: Tensor, exchange: Exchange) -> Tensor:
     """[2C] the sum of all ranks' sums."""
+    if exchange.group is None:
+        return sums
     shared = _share(sums.clone(), exchange, "backward")
     return shared.sum(0) if exchange.reduction == "gather" else shared
 
 
 def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
     """Send NaN for moments, as this rank is about to raise: its peers are told, and none is left waiting."""
-    _share(torch.full((2 * channels + 1,), torch.nan, dtype=torch.float64, device=device), exchange, "forward")
+    if exchange.group is not None:
+        _share(torch.full((2 * channels + 1,), torch.nan, dtype=torch.float64, device=device), exchange, "forward")
 
 
 def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     """The sum over ranks of message [n], in its place; with reduction "gather" the message of each, [W, n]."""
     group, reduction, witness = exchange
+    assert group is not None
     gathering = reduction == "gather"
-    if group is None:
-        return message.unsqueeze(0) if gathering else message
     if witness is not None:
         message = torch.cat([message, witness.stamp(direction, group, message.device)])
     if gathering:

@@ -53,8 +53,8 @@ def sync_batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
-    process_group = collectives.resolve(collectives.spec_of(group), x.size(0) if x.dim() else 0)
-    exchange = Exchange(process_group, collectives.checked(reduction))
+    spec = collectives.spec_of(group)
+    exchange = Exchange(collectives.resolve(spec, spec.samples_in(x)), collectives.checked(reduction))
     return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
 
 

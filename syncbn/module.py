@@ -97,7 +97,10 @@ class SyncBatchNorm(_BatchNorm):
         return y
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
-        process_group = collectives.resolve(vars(self)["_spec"], x.size(0) if x.dim() else 0)
+        spec = vars(self)["_spec"]
+        process_group = collectives.resolve(spec, spec.samples_in(x))
+        if torch.compiler.is_compiling():
+            return process_group
         if process_group is not None:
             vars(self)["_has_peers"] = True
         elif "_has_peers" in vars(self) and not collectives.available():

@@ -32,7 +32,8 @@ class Moments(NamedTuple):
 def to_message(moments: Moments) -> Tensor:
     """Pack moments as [sum x | sum x² | count], [2C + 1] float64: adding two messages merges their moments exactly."""
     count, mean, m2 = moments
-    return torch.cat([count * mean, torch.addcmul(m2, count * mean, mean), count.unsqueeze(0)])
+    total = count * mean
+    return torch.cat([total, torch.addcmul(m2, total, mean), count.unsqueeze(0)])
 
 
 def from_message(message: Tensor) -> Moments:

@@ -34,7 +34,7 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tens
         work = (centred, pivot) if mask is None else None
         total, squares = _squares(centred)
     offset = total / count.clamp(min=1)
-    return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1)), work
+    return Moments(count, pivot + offset, squares.addcmul_(total, offset, value=-1).clamp_(min=0)), work
 
 
 def normalize(
@@ -45,12 +45,12 @@ def normalize(
     bias: Tensor | None,
     work: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    scale = invstd if weight is None else invstd * weight
+    scale = _scale(x, invstd, weight)
     if _is_half(x):
         return _affine(x, mean, scale, bias)
     centred, pivot = _centred(x, mean) if work is None else work
-    shift = (pivot - mean) * scale
-    shift = shift if bias is None else shift + bias
+    rest = (pivot - mean).to(x.dtype)
+    shift = rest * scale if bias is None else torch.addcmul(bias, rest, scale)
     return centred.mul_(_per_channel(scale, x)).add_(_per_channel(shift, x))
 
 
@@ -58,8 +58,10 @@ def grad_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     if x.numel() == 0:
         return mean.new_zeros(2 * x.size(1))
     pivot = mean.to(_statistics_dtype(x))
-    total, dot = _sums(dy, x, pivot)
-    return torch.cat([total, torch.addcmul(dot, pivot - mean, total) * invstd])
+    sums = _sums(dy, x, pivot)
+    total, dot = sums
+    dot.addcmul_(pivot - mean, total).mul_(invstd)
+    return sums.flatten()
 
 
 def grad_input(
@@ -73,19 +75,25 @@ def grad_input(
     mask: Tensor | None,
 ) -> Tensor:
     # dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale, as an affine map of x plus one of dy
-    scale = invstd if weight is None else invstd * weight
-    slope, shift = -scale * invstd * mean_dy_xhat, -scale * mean_dy
+    scale = _scale(x, invstd, weight)
+    slope = (invstd * mean_dy_xhat).to(scale.dtype).mul_(scale).neg_()
     if _is_half(x):
-        through_moments = _affine(x, mean, slope, shift)
+        through_moments = _affine(x, mean, slope, -scale * mean_dy)
     else:
         centred, pivot = _centred(x, mean)
-        shift = torch.addcmul(shift, pivot - mean, slope)
+        shift = ((pivot - mean) * slope).addcmul_(mean_dy, scale, value=-1)
         through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
     if mask is not None:
         through_moments.mul_(mask)
     if _is_half(x):
         return through_moments.add_(_affine(dy, torch.zeros_like(mean), scale, None))
     return through_moments.addcmul_(dy, _per_channel(scale, x))
+
+
+def _scale(x: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
+    """[C] what xhat is multiplied by, in the dtype of statistics."""
+    invstd = invstd.to(_statistics_dtype(x))
+    return invstd if weight is None else invstd * weight
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,8 +108,10 @@ def _pivot(x: Tensor, mask: Tensor | None) -> Tensor:
     dims, dtype = _all_but_channel(x), _statistics_dtype(x)
     if mask is not None:
         return (_masked(x, mask).sum(dims, dtype=dtype) / _count(x, mask).clamp(min=1)).to(dtype)
-    # The mean of a sixteenth of the values is within sqrt(15) standard deviations of that of all
-    return x[: (x.size(0) + 15) // 16].mean(dims, dtype=dtype)
+    if not torch.compiler.is_compiling():
+        # The mean of a sixteenth of the values is within sqrt(15) standard deviations of that of all
+        x = x[: (x.size(0) + 15) // 16]
+    return x.mean(dims, dtype=dtype)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,46 +143,43 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Ten
 
 def _squares(x: Tensor) -> Tensor:
     """[2, C] float64: sum x and sum x²."""
-    return torch.stack(_sums(x, x, x.new_zeros(x.size(1))))
+    return _sums(x, x, x.new_zeros(x.size(1)))
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """[C] float64 each: sum dy and sum dy * (x - mean)."""
+def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """[2, C] float64: sum dy and sum dy * (x - mean)."""
     if torch.compiler.is_compiling():
         dims = _all_but_channel(x)
         dy, x = dy.to(mean.dtype), x - _per_channel(mean, x)
-        return dy.sum(dims, dtype=torch.float64), (dy * x).sum(dims, dtype=torch.float64)
+        return torch.stack([dy.sum(dims, dtype=torch.float64), (dy * x).sum(dims, dtype=torch.float64)])
     if x.dim() > 2 and x.is_contiguous():
         return _sums_of_planes(dy.contiguous(), x, mean)
     rows = x.movedim(1, -1).reshape(-1, x.size(1))
     return _sums_of_rows(dy.movedim(1, -1).reshape(rows.shape), rows, mean)
 
 
-def _sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """_sums where each channel lies in one piece, [N, C, *S]."""
     images, channels = x.shape[:2]
-    parts = [(dy, x)]
-    if x.numel() > _PLANE * images * channels:
-        dy, x = (t.reshape(images, -1, t.size(-1)) for t in (dy, x))
-        parts = list(zip(dy.split(_PLANE, -1), x.split(_PLANE, -1), strict=True))
-        mean = mean.repeat_interleave(x.size(1) // channels)
-    sums = torch.stack([_parameter_gradients(*part, mean) for part in parts]).sum(0)
-    total, dot = sums.view(2, channels, -1).sum(2)
-    return total, dot
+    if x.numel() <= _PLANE * images * channels:
+        return _parameter_gradients(dy, x, mean)
+    dy, x = (t.reshape(images, -1, t.size(-1)) for t in (dy, x))
+    mean = mean.repeat_interleave(x.size(1) // channels)
+    parts = zip(dy.split(_PLANE, -1), x.split(_PLANE, -1), strict=True)
+    return torch.stack([_parameter_gradients(*part, mean) for part in parts]).sum(0).view(2, channels, -1).sum(2)
 
 
-def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """_sums where the channels of a position lie side by side, [R, C]."""
     rows, channels = x.shape
-    # Longer rows of several positions make shorter columns to add up
+    if rows <= _ROWS:
+        return _parameter_gradients(dy, x, mean)
+    # Longer rows, of several positions, make shorter columns to add up
     fold = -(-rows // _ROWS)
     whole = rows - rows % fold
     dy_folded, x_folded = (t[:whole].reshape(-1, fold * channels) for t in (dy, x))
     sums = _parameter_gradients(dy_folded, x_folded, mean.repeat(fold)).view(2, fold, channels).sum(1)
-    if whole < rows:
-        sums = sums + _parameter_gradients(dy[whole:], x[whole:], mean)
-    total, dot = sums
-    return total, dot
+    return sums if whole == rows else sums + _parameter_gradients(dy[whole:], x[whole:], mean)
 
 
 def _parameter_gradients(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
