@@ -1,9 +1,24 @@
 """Batch norm that is exact over any split of the batch over ranks. Needs torch alone."""
 
 from syncbn.collectives import Group
-from syncbn.convert import convert, revert
+from syncbn.convert import Conversion, convert, revert
+from syncbn.desync import DesyncError, DesyncMonitor
 from syncbn.functional import sync_batch_norm
+from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments
+from syncbn.recalibrate import recalibrate
 
-__all__ = ["Group", "Moments", "SyncBatchNorm", "convert", "revert", "sync_batch_norm"]
+__all__ = [
+    "Conversion",
+    "DesyncError",
+    "DesyncMonitor",
+    "Group",
+    "LazySyncBatchNorm",
+    "Moments",
+    "SyncBatchNorm",
+    "convert",
+    "recalibrate",
+    "revert",
+    "sync_batch_norm",
+]

@@ -1,10 +1,11 @@
 """Everything the operator says to other ranks: one message each way. No other operator file knows torch.distributed."""
 
+import itertools
 import pickle
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,10 @@ def checked(reduction: Reduction) -> Reduction:
 Direction = Literal["forward", "backward"]
 
 
+_keys = itertools.count()
+_specs: WeakValueDictionary[str, "Spec"] = WeakValueDictionary()
+
+
 class Spec:
     """A checked Group, as a layer keeps it: deep copies share it, and in a pickle ranks stand for a process group."""
 
@@ -44,14 +49,17 @@ class Spec:
             raise ValueError(f"group is a DeviceMesh of {group.ndim} dimensions: give one of them, as mesh['data']")
         self.group = group
         self.plain = None if isinstance(group, ProcessGroup | DeviceMesh) else groups.plain(group)
+        self.key = str(next(_keys))
+        _specs[self.key] = self
 
     def handle(self) -> ProcessGroup:
         """The user's own process group; only where plain is None."""
         return self.group.get_group() if isinstance(self.group, DeviceMesh) else self.group  # pyright: ignore
 
-    def samples_in(self, x: Tensor) -> int:
-        """What `resolve` is to know of this rank's batch: N where the group depends on it."""
-        return x.size(0) if isinstance(self.plain, tuple) and self.plain[0] == "samples" and x.dim() else 0
+    @property
+    def by_samples(self) -> bool:
+        """Whether `resolve` must know the size of the batch."""
+        return isinstance(self.plain, tuple) and self.plain[0] == "samples"
 
     def __repr__(self) -> str:
         if self.plain is None and dist.is_initialized():
@@ -63,15 +71,6 @@ class Spec:
 
     def __reduce__(self):
         return Spec, (self.group if self.plain is not None else tuple(dist.get_process_group_ranks(self.handle())),)
-
-
-_specs: dict[Any, Spec] = {}
-
-
-def spec_of(group: Group) -> Spec:
-    """The one Spec of a group that is asked for call by call, with no layer to keep it."""
-    spec = Spec(group)
-    return spec if spec.plain is None else _specs.setdefault(spec.plain, spec)
 
 
 class _World(NamedTuple):
@@ -91,20 +90,21 @@ def available() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def resolve(spec: Spec, samples: int = 0) -> ProcessGroup | None:
-    """The process group that spec stands for, or None where this rank is alone or there is no process group.
+def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
+    """The process group that a Spec stands for, or None where this rank is alone or there is no process group.
 
     Args:
-        spec: what was asked for.
+        key: the Spec's: a string, which every version of torch.compile takes for the constant that it is.
         samples: N of this rank's batch, for {"samples": n}.
 
     Raises:
         ValueError: the ranks' requests do not fit together; the same on every rank.
         RuntimeError: the process group given was destroyed.
 
-    Collective: the first call with a spec forms its group, so every rank of the world must make it, with a spec that
+    Collective: the first call with a Spec forms its group, so every rank of the world must make it, with a Spec that
     was not used before, in the same order; not so for a ProcessGroup or DeviceMesh, which are there already.
     """
+    spec = _specs[key]
     if not available():
         if spec.plain is None:
             raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
@@ -113,8 +113,20 @@ def resolve(spec: Spec, samples: int = 0) -> ProcessGroup | None:
     return process_group if process_group.size() > 1 else None
 
 
+_of_calls: dict[Any, Spec] = {}
+
+
+def resolve_once(group: Group, samples: int) -> ProcessGroup | None:
+    """resolve for a group that is asked for call by call, with no layer to keep its Spec."""
+    spec = Spec(group)
+    if spec.plain is not None:
+        spec = _of_calls.setdefault(spec.plain, spec)
+    return resolve(spec.key, samples)
+
+
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler (2 s, numpy, triton)
-resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+for function in resolve, resolve_once:
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _form(spec: Spec, samples: int) -> ProcessGroup:

@@ -1,5 +1,7 @@
 """Synchronised batch norm as one function: the kernels of this rank, one message to the others, each way."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,8 @@ def sync_batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
-    spec = collectives.spec_of(group)
-    exchange = Exchange(collectives.resolve(spec, spec.samples_in(x)), collectives.checked(reduction))
+    samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
+    exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
     return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
 
 

@@ -1,5 +1,6 @@
 """SyncBatchNorm, the layer: parameters, buffers and the choice of statistics. The arithmetic is functional.py's."""
 
+import copy
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
         spec = vars(self)["_spec"]
-        process_group = collectives.resolve(spec, spec.samples_in(x))
+        process_group = collectives.resolve(spec.key, x.size(0) if spec.by_samples and x.dim() else 0)
         if torch.compiler.is_compiling():
             return process_group
         if process_group is not None:
@@ -137,15 +138,28 @@ class SyncBatchNorm(_BatchNorm):
                 setattr(self, name, buffer.to(after.device))
         return self
 
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to this process and this step
-        return {name: value for name, value in vars(self).items() if name not in ("_recall", "_has_peers", "witness")}
+        return {name: value for name, value in vars(self).items() if name not in OF_THIS_PROCESS}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
+        # That of a parametrised layer would pass by __getstate__
+        twin = memo[id(self)] = self.__new__(type(self))
+        vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def extra_repr(self) -> str:
         reduction = "" if self.reduction == "all_reduce" else f", reduction={self.reduction!r}"
         return f"{super().extra_repr()}, group={vars(self)['_spec']!r}{reduction}"
 
 
+OF_THIS_PROCESS = ("_recall", "_has_peers", "witness")
 _RUNNING = ("running_mean", "running_var")
 _PRECISE = (torch.float32, torch.float64)
 

@@ -66,6 +66,7 @@ def merge(rows: Tensor) -> Moments:
     return Moments(count, mean, (m2s + counts * (means - mean).square()).sum(0))
 
 
+@torch.no_grad()
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,

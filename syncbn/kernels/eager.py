@@ -31,10 +31,11 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tens
         total, squares = torch.stack(pieces).sum(0)
     else:
         centred = _masked(x - _per_channel(pivot, x), mask)
-        work = (centred, pivot) if mask is None else None
+        # Compiled, nothing is gained by it, and torch 2.11 gives no gradient to what was made in place
+        work = (centred, pivot) if mask is None and not torch.compiler.is_compiling() else None
         total, squares = _squares(centred)
     offset = total / count.clamp(min=1)
-    return Moments(count, pivot + offset, squares.addcmul_(total, offset, value=-1).clamp_(min=0)), work
+    return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1).clamp_(min=0)), work
 
 
 def normalize(
@@ -51,17 +52,16 @@ def normalize(
     centred, pivot = _centred(x, mean) if work is None else work
     rest = (pivot - mean).to(x.dtype)
     shift = rest * scale if bias is None else torch.addcmul(bias, rest, scale)
-    return centred.mul_(_per_channel(scale, x)).add_(_per_channel(shift, x))
+    scale, shift = _per_channel(scale, x), _per_channel(shift, x)
+    return torch.addcmul(shift, centred, scale) if work is None else centred.mul_(scale).add_(shift)
 
 
 def grad_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     if x.numel() == 0:
         return mean.new_zeros(2 * x.size(1))
     pivot = mean.to(_statistics_dtype(x))
-    sums = _sums(dy, x, pivot)
-    total, dot = sums
-    dot.addcmul_(pivot - mean, total).mul_(invstd)
-    return sums.flatten()
+    total, dot = _sums(dy, x, pivot)
+    return torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)])
 
 
 def grad_input(

@@ -37,7 +37,7 @@ def nothing_converted(model: nn.Module) -> str:
     if not kinds:
         return "the model has no normalisation layer"
     has = ", ".join(f"{name} ×{n}" for name, n in kinds.items())
-    return f"the model has {has}, and only nn.BatchNorm1d, 2d and 3d themselves are converted"
+    return f"the model has {has}, and only batch norm layers that take statistics are converted"
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -51,7 +51,8 @@ def synchronised(model: nn.Module) -> bool:
 
 
 def _sync(model: nn.Module, device: torch.device) -> nn.Module:
-    return syncbn.convert(model)
+    # That nothing was found is said once, by rank 0's Watch
+    return syncbn.convert(model, report=lambda _: None)
 
 
 def _local(model: nn.Module, device: torch.device) -> nn.Module:

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import convert
+from syncbn import convert, sync_batch_norm
 from tests.op.steps import EXACT, assert_near, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
 
@@ -54,6 +54,27 @@ def test_the_code_that_inductor_makes_keeps_the_digits(dtype):
 
     want = whole_batch(layer, x.double(), dy.double())
     assert_near(joined(ranks), want, 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+def compiled_function(rank, group, x):
+    torch._dynamo.reset()
+    if group == "process-group":
+        group = dist.new_group([0, 1])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def normalised(x):
+        return sync_batch_norm(x, group=group)[0]
+
+    return normalised(x.split([6, 2])[rank])
+
+
+@pytest.mark.parametrize("group", ["world", 2, (0, 1), "process-group"], ids=str)
+def test_the_function_compiles_too(group):
+    x = batch((3, 4, 2))[0]
+
+    shares = run_ranks(compiled_function, 2, group, x, timeout_s=300)
+
+    assert_close(torch.cat(shares), sync_batch_norm(x)[0], **EXACT)
 
 
 def small_net():

@@ -37,7 +37,7 @@ def test_torch_is_refused_without_gpus():
         (nn.Linear(2, 2), "the model has no normalisation layer"),
         (
             nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)),
-            "the model has LayerNorm ×2, and only nn.BatchNorm1d, 2d and",
+            "the model has LayerNorm ×2, and only batch norm layers that take statistics are converted",
         ),
         (torchvision.ops.FrozenBatchNorm2d(3), "the model has FrozenBatchNorm2d ×1"),
     ],
