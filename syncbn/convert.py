@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from syncbn.collectives import Group, ProcessGroup, Reduction, Spec
+from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, checked
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import OF_THIS_PROCESS, SyncBatchNorm
 
@@ -75,8 +75,8 @@ def convert(
     Raises:
         ValueError: group or reduction is none, or a pattern matches no batch norm layer. Then nothing was changed.
     """
-    # Refuses what a layer would, before one was changed
-    SyncBatchNorm(0, affine=False, track_running_stats=False, group=group, reduction=reduction)
+    spec = Spec(group)
+    checked(reduction)
     found = _batch_norms(model)
     plan, left = [], {}
     for name, layer in _selected(found, include, exclude).items():
@@ -90,7 +90,7 @@ def convert(
         vars(layer).pop("process_group", None)
         vars(layer)["_origin"] = origin
         own = origin.process_group if group == "world" else None
-        cast(SyncBatchNorm, layer).synchronise(own.group if own else group, reduction)
+        cast(SyncBatchNorm, layer).synchronise(own or spec, reduction)
     conversion = _told(model, [name for name, *_ in plan], left)
     if report is not None:
         report(conversion)

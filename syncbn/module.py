@@ -63,7 +63,7 @@ class SyncBatchNorm(_BatchNorm):
             self.bias = None
         self.synchronise(group, reduction)
 
-    def synchronise(self, group: Group, reduction: Reduction = "all_reduce") -> None:
+    def synchronise(self, group: Group | Spec, reduction: Reduction = "all_reduce") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
         self.reduction = collectives.checked(reduction)
         self.group = group
@@ -75,8 +75,9 @@ class SyncBatchNorm(_BatchNorm):
         return vars(self)["_spec"].group
 
     @group.setter
-    def group(self, group: Group) -> None:
-        vars(self)["_spec"] = Spec(group)
+    def group(self, group: Group | Spec) -> None:
+        # Layers that share a Spec agree on their ranks once for all
+        vars(self)["_spec"] = group if isinstance(group, Spec) else Spec(group)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise x.

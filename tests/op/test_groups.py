@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn import SyncBatchNorm, sync_batch_norm
+from syncbn import SyncBatchNorm, collectives, sync_batch_norm
 from syncbn.groups import Place, divide, plain
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
@@ -155,6 +155,8 @@ def test_division_of_a_world():
     assert divide(samples) == [(0, 1, 2, 3)] * 4 + [(4, 5, 6, 7)] * 4
     assert divide(samples[:6]) == [tuple(range(6))] * 6  # 4 divides not 6, and 3 are too few
     assert divide([Place(plain({"samples": 64}), "a", 1)] * 2) == [(0, 1)] * 2  # too few in all: all
+    uneven = [Place(plain({"samples": 4}), "a", n) for n in (1, 1, 1, 1, 40, 40)]
+    assert divide(uneven) == [tuple(range(6))] * 6  # 4 and 2 ranks would do, but 4 divides not 6
 
 
 def copies(rank, spec, xs, dys):
@@ -246,6 +248,7 @@ def outlived(rank, path, queue):
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
     layer, x = SyncBatchNorm(3), torch.randn(4, 3)
     layer(x)
+    first = collectives.resolve(vars(layer)["_spec"].key)
     dist.destroy_process_group()
     try:
         layer(x)
@@ -254,6 +257,7 @@ def outlived(rank, path, queue):
     layer.eval()(x)  # sends nothing, needs nobody
     dist.init_process_group("gloo", f"file://{path}-again", rank=rank, world_size=2)
     layer.train()(x)
+    assert collectives.resolve(vars(layer)["_spec"].key) is not first
     queue.put(layer.num_batches_tracked.item())
     dist.destroy_process_group()
 
@@ -267,3 +271,20 @@ def test_a_layer_that_lost_its_peers_says_so_and_finds_new_ones(tmp_path):
     told = [queue.get() for _ in range(4)]
     assert sum(answer == 2 for answer in told) == 2
     assert sum("was destroyed: initialise one" in str(answer) for answer in told) == 2
+
+
+def agreements(rank, x):
+    """How often ranks agree on a group: once for a model that was converted, and never again."""
+    from unittest.mock import patch
+
+    from syncbn import convert
+
+    with patch.object(collectives, "gather_objects", wraps=collectives.gather_objects) as agree:
+        net = convert(nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(4)]), group=2)
+        for model in net, copy.deepcopy(net):
+            model(x[rank])
+    return agree.call_count
+
+
+def test_a_model_agrees_on_its_group_once():
+    assert run_ranks(agreements, 2, torch.randn(2, 8, 3)) == [1, 1]
