@@ -25,6 +25,7 @@ its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n sam
 """
 
 Reduction = Literal["all_reduce", "gather"]
+Direction = Literal["forward", "backward"]
 
 
 def checked(reduction: Reduction) -> Reduction:
@@ -32,9 +33,6 @@ def checked(reduction: Reduction) -> Reduction:
     if reduction not in ("all_reduce", "gather"):
         raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce' or 'gather'")
     return reduction
-
-
-Direction = Literal["forward", "backward"]
 
 
 _keys = itertools.count()

@@ -51,7 +51,8 @@ def sync_batch_norm(
             whole batch has one value per channel. On a CPU, also if a peer refused its input to this call.
 
     Collective: one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it, and
-    its backward, in the same order, whether or not its own tensors need a gradient.
+    its backward, in the same order, whether or not its own tensors need a gradient. The first call with a group also
+    forms it, with every rank of the world; not so a ProcessGroup or DeviceMesh.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """

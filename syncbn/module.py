@@ -35,8 +35,9 @@ class SyncBatchNorm(_BatchNorm):
         device, dtype: of parameters and buffers; running buffers are never in half precision, whatever the dtype.
 
     Collective: in training, one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must
-    reach the layer as often, in the same order, with grad mode alike. DDP needs no buffer broadcast for it. Under
-    activation checkpointing the second run of forward sends nothing and leaves the buffers.
+    reach the layer as often, in the same order, with grad mode alike. The first forward also forms the group, with
+    every rank of the world, once for all layers of one `convert`; not so a ProcessGroup or DeviceMesh. DDP needs no
+    buffer broadcast. Under activation checkpointing the second run of forward sends nothing and leaves the buffers.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; over devices, Peng et al. 2018, arXiv:1711.07240.
     """
