@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from syncbn import groups
-from syncbn.moments import Moments, from_message, merge, to_message, to_row
 
 Group = Literal["world", "node"] | int | Sequence[int] | ProcessGroup | DeviceMesh | Mapping[str, int]
 """Which ranks form one batch.
@@ -219,20 +218,21 @@ class Exchange(NamedTuple):
     witness: Witness | None = None
 
 
-def merge_moments(local: Moments, exchange: Exchange) -> Moments:
-    """The moments of all ranks' values together; the same bits on every rank."""
-    if exchange.group is None:
-        return local
-    if exchange.reduction == "gather":
-        return merge(_share(to_row(local), exchange, "forward"))
-    return from_message(_share(to_message(local), exchange, "forward"))
+def form(exchange: Exchange) -> Literal["message", "row"]:
+    """How this rank's moments are to be packed for share_moments."""
+    return "row" if exchange.group is None or exchange.reduction == "gather" else "message"
 
 
-def merge_sums(sums: Tensor, exchange: Exchange) -> Tensor:
-    """[2C] the sum of all ranks' sums."""
+def share_moments(packed: Tensor, exchange: Exchange) -> Tensor:
+    """The sum of all ranks' messages, in packed's place; of rows, or of a lone rank, all of them, [W, 2C + 1]."""
+    return packed.unsqueeze(0) if exchange.group is None else _share(packed, exchange, "forward")
+
+
+def share_sums(sums: Tensor, exchange: Exchange) -> Tensor:
+    """[2C] the sum of all ranks' sums, which it may overwrite."""
     if exchange.group is None:
         return sums
-    shared = _share(sums.clone(), exchange, "backward")
+    shared = _share(sums, exchange, "backward")
     return shared.sum(0) if exchange.reduction == "gather" else shared
 
 

@@ -131,8 +131,8 @@ class SyncBatchNormAct(SyncBatchNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.act(self.drop(super().forward(x, mask)))
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.act(self.drop(super().forward(x, residual, mask)))
 
 
 _SUCCESSORS: dict[type, type[SyncBatchNorm]] = {

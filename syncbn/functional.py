@@ -1,14 +1,18 @@
 """Synchronised batch norm as one function: the kernels of this rank, one message to the others, each way."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from syncbn import collectives, kernels
 from syncbn.collectives import Exchange, Group, Reduction
+from syncbn.kernels import Affine
 from syncbn.moments import Moments, merge, to_row
 from syncbn.recompute import Recall
+
+Activation = Literal["relu"] | None
 
 # An input that needs a gradient whatever the others do, so that backward, and its collective, runs on every rank
 _ANCHOR = torch.zeros(0, device="cpu", requires_grad=True)
@@ -23,12 +27,15 @@ def sync_batch_norm(
     group: Group = "world",
     reduction: Reduction = "all_reduce",
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = None,
 ) -> tuple[Tensor, Moments]:
     """Normalise x with the mean and variance of every rank's batch taken together.
 
-    Per channel, y = (x - mean) / sqrt(var + eps) * weight + bias, where mean and the biased var are over all N and
-    *S of all ranks. Ranks may differ in N and *S, and may be empty. Differentiable any number of times: where
-    backward itself is to be differentiated (create_graph=True), it composes the formula from plain operators.
+    Per channel, y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), where mean and the biased var
+    are over all N and *S of all ranks. Ranks may differ in N and *S, and may be empty. Differentiable any number of
+    times: where backward itself is to be differentiated (create_graph=True), it composes the formula from plain
+    operators.
 
     Args:
         x: [N, C, *S], any floating dtype; passes over x compute in float32, or float64 if x is.
@@ -40,6 +47,8 @@ def sync_batch_norm(
             same bits in every run and exact at any |mean| / sqrt(var), for a message that grows with the ranks.
         mask: [N] or [N, 1, *S] bool, the elements that count in mean and var, or None for all. The others are
             normalised by them all the same, so they must be finite.
+        residual: [N, C, *S], added to what is normalised, or None; a rank may have one where another has none.
+        activation: "relu", or None. On a GPU, both are a part of the pass that normalises, and of those of backward.
 
     Returns:
         y, shaped and typed as x (memory format too), and the Moments of the whole batch, the same bits on every rank.
@@ -47,8 +56,9 @@ def sync_batch_norm(
 
     Raises:
         TypeError: x is not of a floating dtype, or mask not of bool.
-        ValueError: C differs from the length of weight or bias; mask does not fit x; no such group or reduction; the
-            whole batch has one value per channel. On a CPU, also if a peer refused its input to this call.
+        ValueError: C differs from the length of weight or bias; mask or residual does not fit x; no such group,
+            reduction or activation; the whole batch has one value per channel. On a CPU, also if a peer refused its
+            input to this call.
 
     Collective: one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it, and
     its backward, in the same order, whether or not its own tensors need a gradient. The first call with a group also
@@ -58,7 +68,15 @@ def sync_batch_norm(
     """
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
     exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
-    return batch_norm(x, weight, bias, mask, eps, x.size(1) if x.dim() > 1 else 0, exchange, None)
+    relu = checked(activation) == "relu"
+    return batch_norm(x, weight, bias, mask, residual, eps, relu, x.size(1) if x.dim() > 1 else 0, exchange, None)
+
+
+def checked(activation: Activation) -> Activation:
+    """activation, or ValueError."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation is {activation!r}: it must be 'relu' or None")
+    return activation
 
 
 def batch_norm(
@@ -66,72 +84,78 @@ def batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    residual: Tensor | None,
     eps: float,
+    relu: bool,
     channels: int,
     exchange: Exchange,
     recall: Recall | None,
 ) -> tuple[Tensor, Moments]:
     """sync_batch_norm for a layer of `channels`, which knows its peers and may recall what they said."""
     try:
-        mask = _checked(x, weight, bias, mask, channels)
+        mask = _checked(x, weight, bias, mask, residual, channels)
     except (TypeError, ValueError):
         collectives.refuse(channels, exchange, x.device)
         raise
+    residual = None if residual is None else residual.to(x.dtype)
     anchor = None if exchange.group is None else _ANCHOR
-    y, *moments = _BatchNorm.apply(x, weight, bias, anchor, mask, eps, exchange, recall)
+    y, *moments = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall)
     return y, Moments(*moments)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, mask, eps, exchange, recall):
+    def forward(ctx, x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall):
         kernel = kernels.choose(x)
-        local, work = kernel.moments(x, mask)
-        if recall is not None and recall.due():
-            moments = recall.find(local)
+        local = kernel.moments(x, mask, collectives.form(exchange))
+        if recall is None:
+            shared = collectives.share_moments(local.packed, exchange)
+        elif recall.due():
+            shared = recall.find(local.packed)
         else:
-            moments = collectives.merge_moments(local, exchange)
-            if recall is not None:
-                recall.keep(local, moments, ctx)
+            shared = collectives.share_moments(local.packed.clone(), exchange)
+            recall.keep(local.packed, shared, ctx)
+        moments, invstd = kernel.statistics(shared, eps)
         _check_count(moments.count, x, mask)
-        invstd = (moments.var + eps).rsqrt()
-        y = kernel.normalize(x, moments.mean, invstd, weight, bias, work)
-        ctx.save_for_backward(x, weight, bias, mask, moments.mean, invstd, moments.count)
-        ctx.eps, ctx.exchange = eps, exchange
+        affine = Affine(moments.mean, invstd, weight, bias, relu)
+        y = kernel.normalize(x, affine, residual, local.work)
+        ctx.needs_y = relu and (kernel.NEEDS_Y or residual is not None)
+        ctx.save_for_backward(x, *affine[:4], moments.count, mask, y if ctx.needs_y else None)
+        ctx.eps, ctx.relu, ctx.exchange, ctx.added = eps, relu, exchange, residual is not None
         ctx.mark_non_differentiable(*moments)
         return y, *moments
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, weight, bias, mask, mean, invstd, count = ctx.saved_tensors
+        x, mean, invstd, weight, bias, count, mask, y = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_backward_to_differentiate(dy, x, weight, bias, mask, ctx.eps, ctx.exchange), *[None] * 5
-        kernel = kernels.choose(x)
-        sums = kernel.grad_sums(dy, x, mean, invstd)
+            return *_backward_to_differentiate(ctx, dy), *[None] * 6
+        kernel, affine = kernels.choose(x), Affine(mean, invstd, weight, bias, ctx.relu)
+        packed, dweight, dbias, g = kernel.grad_sums(dy, x, affine, y)
         # Whatever this rank needs of it, its peers need its part
-        mean_dy, mean_dy_xhat = (collectives.merge_sums(sums, ctx.exchange) / count.clamp(min=1)).chunk(2)
-        dbias, dweight = sums.chunk(2)
+        sums = collectives.share_sums(packed, ctx.exchange)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = kernel.grad_input(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat, mask)
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dweight, dbias, *[None] * 5
+            past_relu = affine if y is None else affine._replace(relu=False)
+            dx = kernel.grad_input(g, x, past_relu, sums, count, mask)
+        return dx, dweight, dbias, g if ctx.added else None, *[None] * 6
 
 
-def _backward_to_differentiate(dy, x, weight, bias, mask, eps, exchange):
-    """dx, dweight and dbias, with their own graph: backward through the formula in plain operators."""
+def _backward_to_differentiate(ctx, dy):
+    """dx, dweight, dbias and dresidual, with their own graph: backward through the formula in plain operators."""
+    x, _, _, weight, bias, _, mask, y = ctx.saved_tensors
     anchor = torch.zeros(0, requires_grad=True)
-    y = _composed(x, weight, bias, anchor, mask, eps, exchange)
+    composed = _composed(x, weight, bias, anchor, mask, ctx.eps, ctx.exchange)
+    g = dy * ((composed if y is None else y) > 0) if ctx.relu else dy
     inputs = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
     wanted = [anchor, *(t for t in inputs if t is not None)]
     # The anchor takes part so that the collectives within run on every rank
-    _, *gradients = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
-    return [None if t is None else gradients.pop(0) for t in inputs]
+    _, *gradients = torch.autograd.grad(composed, wanted, g, create_graph=True, allow_unused=True)
+    return *[None if t is None else gradients.pop(0) for t in inputs], g if ctx.added else None
 
 
 def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
-    """y, in operators that are differentiable any number of times."""
+    """y before residual and relu, in operators that are differentiable any number of times."""
     values = x.double()
     dims = [d for d in range(x.dim()) if d != 1]
     here = torch.ones_like(values[:, :1]) if mask is None else mask.double().expand_as(values[:, :1])
@@ -152,7 +176,7 @@ def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
     return y.to(x.dtype)
 
 
-def _checked(x, weight, bias, mask, channels: int) -> Tensor | None:
+def _checked(x, weight, bias, mask, residual, channels: int) -> Tensor | None:
     """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: batch norm takes a floating dtype, say x.float()")
@@ -165,6 +189,8 @@ def _checked(x, weight, bias, mask, channels: int) -> Tensor | None:
     for name, parameter in ("weight", weight), ("bias", bias):
         if parameter is not None and parameter.numel() != channels:
             raise ValueError(f"x has {channels} channels but {name} has {parameter.numel()}: they must match")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)} but residual {tuple(residual.shape)}: they must be the same")
     if mask is None:
         return None
     if mask.dtype != torch.bool:

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from syncbn.collectives import Group, Reduction
+from syncbn.functional import Activation, checked
 from syncbn.module import SyncBatchNorm
 
 
@@ -14,7 +15,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     """A SyncBatchNorm whose num_features is the C of its first input; then its class is SyncBatchNorm.
 
     Args:
-        eps, momentum, affine, track_running_stats, bias, group, reduction, device, dtype: as in SyncBatchNorm.
+        eps, momentum, affine, track_running_stats, bias, activation, group, reduction, device, dtype: as in
+            SyncBatchNorm.
 
     Raises:
         ValueError: the first input is not [N, C, *S]. On the rank that saw it alone: without C, its peers cannot be
@@ -34,6 +36,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        activation: Activation = None,
         group: Group = "world",
         reduction: Reduction = "all_reduce",
         device: Any = None,
@@ -43,9 +46,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.momentum = momentum
         if not bias:
             self.register_parameter("bias", None)
+        self.activation = checked(activation)
         self.synchronise(group, reduction)
 
-    def initialize_parameters(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def initialize_parameters(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Learn num_features from x; called before the first forward, with its arguments."""
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "running_mean", "running_var")}
         tensors = {name: t for name, t in tensors.items() if t is not None}

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import collectives, recompute
+from syncbn import collectives, functional, kernels, recompute
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
-from syncbn.functional import batch_norm
-from syncbn.moments import Moments, update_running
+from syncbn.functional import Activation
+from syncbn.moments import Moments
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -29,6 +29,7 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: keep running_mean [C], running_var [C] and num_batches_tracked []; without them eval
             normalises by the statistics of this rank's batch.
         bias: learn bias, if affine.
+        activation: "relu" or None. On a GPU it is a part of the layer's own passes, and so is the sum with a residual.
         group: the ranks that form one batch: see `syncbn.Group`. It may be set anew at any time. A process group is
             shared by deep copies and pickled as its ranks.
         reduction: "all_reduce", or "gather" for the same bits in every run: see `syncbn.sync_batch_norm`.
@@ -42,6 +43,7 @@ class SyncBatchNorm(_BatchNorm):
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; over devices, Peng et al. 2018, arXiv:1711.07240.
     """
 
+    activation: Activation = None
     reduction: Reduction = "all_reduce"
     witness: Witness | None = None
 
@@ -54,6 +56,7 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        activation: Activation = None,
         group: Group = "world",
         reduction: Reduction = "all_reduce",
         device: Any = None,
@@ -62,6 +65,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.bias = None
+        self.activation = functional.checked(activation)
         self.synchronise(group, reduction)
 
     def synchronise(self, group: Group | Spec, reduction: Reduction = "all_reduce") -> None:
@@ -80,23 +84,35 @@ class SyncBatchNorm(_BatchNorm):
         # Layers that share a Spec agree on their ranks once for all
         vars(self)["_spec"] = group if isinstance(group, Spec) else Spec(group)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise x.
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalise x, add residual, apply the activation.
 
         Args:
             x: [N, C, *S].
+            residual: [N, C, *S], or None for 0.
             mask: [N] or [N, 1, *S] bool, the elements that count in training's mean and variance; None for all.
         """
         if not self.training:
-            return self._by_running_statistics(x)
+            return self._by_running_statistics(x, residual)
         recall = None
         if not torch.compiler.is_compiling() and recompute.possible():
             recall = vars(self).setdefault("_recall", recompute.Recall())
         recomputing = recall is not None and recall.due()
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
-        y, moments = batch_norm(x, self.weight, self.bias, mask, self.eps, self.num_features, exchange, recall)
+        y, moments = functional.batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            mask,
+            residual,
+            self.eps,
+            self.activation == "relu",
+            self.num_features,
+            exchange,
+            recall,
+        )
         if not recomputing:
-            self._update_running(moments)
+            self._update_running(x, moments)
         return y
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
@@ -113,18 +129,21 @@ class SyncBatchNorm(_BatchNorm):
             )
         return process_group
 
-    def _update_running(self, moments: Moments) -> None:
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            update_running(self.running_mean, self.running_var, self.num_batches_tracked, moments, self.momentum)
+    def _update_running(self, x: Tensor, moments: Moments) -> None:
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is not None and var is not None and batches is not None:
+            kernels.choose(x).update_running(mean, var, batches, moments, self.momentum)
 
-    def _by_running_statistics(self, x: Tensor) -> Tensor:
+    def _by_running_statistics(self, x: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         # Parameters may be in half precision, where buffers never are
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         mean, var, weight, bias = (
             None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
-        return F.batch_norm(x, mean, var, weight, bias, self.running_mean is None, 0.0, self.eps)
+        y = F.batch_norm(x, mean, var, weight, bias, self.running_mean is None, 0.0, self.eps)
+        y = y if residual is None else y + residual.to(x.dtype)
+        return F.relu(y) if self.activation == "relu" else y
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.size(1) != self.num_features:
@@ -157,8 +176,9 @@ class SyncBatchNorm(_BatchNorm):
         return twin
 
     def extra_repr(self) -> str:
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
         reduction = "" if self.reduction == "all_reduce" else f", reduction={self.reduction!r}"
-        return f"{super().extra_repr()}, group={vars(self)['_spec']!r}{reduction}"
+        return f"{super().extra_repr()}{activation}, group={vars(self)['_spec']!r}{reduction}"
 
 
 OF_THIS_PROCESS = ("_recall", "_has_peers", "witness")

@@ -66,6 +66,13 @@ def merge(rows: Tensor) -> Moments:
     return Moments(count, mean, (m2s + counts * (means - mean).square()).sum(0))
 
 
+def unpack(shared: Tensor) -> Moments:
+    """The moments in a sum of messages, [2C + 1], or in rows, [W, 2C + 1]."""
+    if shared.dim() == 1:
+        return from_message(shared)
+    return from_row(shared[0]) if len(shared) == 1 else merge(shared)
+
+
 @torch.no_grad()
 def update_running(
     running_mean: Tensor,

@@ -123,11 +123,11 @@ def _measure(rows: dict[str, Tensor], name: str, layer: nn.Module, args: tuple, 
     x = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
     mask = None
     if isinstance(layer, SyncBatchNorm):
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
     if mask is not None and mask.dim() == 1:
         mask = mask.view(-1, *[1] * (x.dim() - 1))
-    moments, _ = kernels.choose(x).moments(x.detach().double(), mask)
-    rows[name] = to_row(merge(torch.stack([rows[name], to_row(moments)])))
+    local = kernels.choose(x).moments(x.detach().double(), mask, "row")
+    rows[name] = to_row(merge(torch.stack([rows[name], local.packed])))
 
 
 def _in_step(batches: Iterable[Any], world: ProcessGroup | None) -> Iterator[Any]:

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.moments import Moments, from_row, to_row
-
 
 class Recall:
     """What one layer remembers of the forwards that may be run again."""
@@ -24,32 +22,33 @@ class Recall:
         """Whether the forward about to run is the second run of one that was kept."""
         return torch._C._current_graph_task_id() != -1 and bool(self._alive())
 
-    def keep(self, local: Moments, merged: Moments, ctx: Any) -> None:
-        """Remember this forward, of which ctx is the autograd context, if checkpointing may run it again."""
+    def keep(self, local: Tensor, shared: Tensor, ctx: Any) -> None:
+        """Remember this forward, of which ctx is the autograd context, if checkpointing may run it again.
+
+        local: this rank's packed moments. shared: what became of them among the group's.
+        """
         owner = _reentrant_checkpoint() or (ctx if _saving_is_hooked() else None)
         if owner is not None:
-            forward = _Forward(local, merged)
+            forward = _Forward(local, shared)
             owner.syncbn_forwards = [*getattr(owner, "syncbn_forwards", ()), forward]
             self._kept = [weakref.ref(one) for one in (*self._alive(), forward)]
 
-    def find(self, local: Moments) -> Moments:
-        """The group's moments of the forward whose own moments were local; no host wait."""
+    def find(self, local: Tensor) -> Tensor:
+        """What was shared in the forward whose own moments were local; no host wait."""
         kept = self._alive()
-        merged = kept[0].merged
-        if len(kept) > 1:
-            # The nearest, not the equal: some kernels add in another order each time
-            distance = (torch.stack([one.local for one in kept]) - to_row(local)).abs().sum(1)
-            merged = torch.stack([one.merged for one in kept]).index_select(0, distance.argmin(0, keepdim=True))[0]
-        return from_row(merged)
+        if len(kept) == 1:
+            return kept[0].shared
+        # The nearest, not the equal: some kernels add in another order each time
+        distance = (torch.stack([one.local for one in kept]) - local).abs().sum(1)
+        return torch.stack([one.shared for one in kept]).index_select(0, distance.argmin(0, keepdim=True))[0]
 
     def _alive(self) -> list["_Forward"]:
         return [forward for forward in (kept() for kept in self._kept) if forward is not None]
 
 
 class _Forward:
-    def __init__(self, local: Moments, merged: Moments):
-        self.local: Tensor = to_row(local)
-        self.merged: Tensor = to_row(merged)
+    def __init__(self, local: Tensor, shared: Tensor):
+        self.local, self.shared = local, shared
 
 
 def possible() -> bool:

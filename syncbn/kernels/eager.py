@@ -9,7 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from syncbn.moments import Moments
+from syncbn.kernels.contract import Affine, Form, Local, Sums
+from syncbn.moments import Moments, to_message, to_row, unpack, update_running
+
+__all__ = ["grad_input", "grad_sums", "moments", "normalize", "statistics", "update_running"]
 
 _native = torch.ops.aten.native_batch_norm
 _native_backward = torch.ops.aten.native_batch_norm_backward
@@ -20,7 +23,66 @@ _ROWS, _PLANE = 2**11, 2**15
 _BLOCK = 2**18
 
 
-def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
+NEEDS_Y = True
+
+
+def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:
+    local, work = _moments(x, mask)
+    packed = to_message(local) if form == "message" else to_row(local)
+    return Local(packed, work, _image_means(x, mask) if per_image else None)
+
+
+def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
+    merged = unpack(shared)
+    return merged, (merged.var + eps).rsqrt()
+
+
+def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: tuple[Tensor, Tensor] | None) -> Tensor:
+    y = _normalized(x, affine, work)
+    if torch.compiler.is_compiling():
+        # torch 2.11 gives no gradient to what was made in place
+        y = y if residual is None else y + residual
+        return y.relu() if affine.relu else y
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if affine.relu else y
+
+
+def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
+    mean, invstd, weight, bias, relu = affine
+    g = torch.ops.aten.threshold_backward(dy, y, 0) if relu else dy
+    if x.numel() == 0:
+        packed = mean.new_zeros(2 * x.size(1))
+    else:
+        pivot = mean.to(_statistics_dtype(x))
+        total, dot = _sums(g, x, pivot)
+        packed = torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)])
+    dbias, dweight = packed.clone().chunk(2)
+    return Sums(
+        packed, None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), g
+    )
+
+
+def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
+    # dx = (g - mean_g - xhat * mean_g_xhat) * scale, as an affine map of x plus one of g
+    mean, invstd = affine.mean, affine.invstd
+    mean_g, mean_g_xhat = (sums / count.clamp(min=1)).chunk(2)
+    scale = _scale(x, affine)
+    slope = (invstd * mean_g_xhat).to(scale.dtype).mul_(scale).neg_()
+    if _is_half(x):
+        through_moments = _scaled(x, mean, slope, -scale * mean_g)
+    else:
+        centred, pivot = _centred(x, mean)
+        shift = ((pivot - mean) * slope).addcmul_(mean_g, scale, value=-1)
+        through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
+    if mask is not None:
+        through_moments.mul_(mask)
+    if _is_half(x):
+        return through_moments.add_(_scaled(g, torch.zeros_like(mean), scale, None))
+    return through_moments.addcmul_(g, _per_channel(scale, x))
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
     channels, size = x.size(1), x.numel() // x.size(1)
     if size == 0:
         return Moments(*(x.new_zeros(shape, dtype=torch.float64) for shape in ((), channels, channels))), None
@@ -31,24 +93,26 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tens
         total, squares = torch.stack(pieces).sum(0)
     else:
         centred = _masked(x - _per_channel(pivot, x), mask)
-        # Compiled, nothing is gained by it, and torch 2.11 gives no gradient to what was made in place
+        # Compiled, nothing is gained by it
         work = (centred, pivot) if mask is None and not torch.compiler.is_compiling() else None
         total, squares = _squares(centred)
     offset = total / count.clamp(min=1)
     return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1).clamp_(min=0)), work
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    work: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    scale = _scale(x, invstd, weight)
+def _image_means(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, C] float64."""
+    dims = list(range(2, x.dim()))
+    here = torch.ones_like(x[:, :1]) if mask is None else mask.expand_as(x[:, :1])
+    counts = here.sum(dims, dtype=torch.float64) if dims else here.double()
+    values = _masked(x, mask)
+    return (values.sum(dims, dtype=torch.float64) if dims else values.double()) / counts.clamp(min=1)
+
+
+def _normalized(x: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:
+    mean, bias, scale = affine.mean, affine.bias, _scale(x, affine)
     if _is_half(x):
-        return _affine(x, mean, scale, bias)
+        return _scaled(x, mean, scale, bias)
     centred, pivot = _centred(x, mean) if work is None else work
     rest = (pivot - mean).to(x.dtype)
     shift = rest * scale if bias is None else torch.addcmul(bias, rest, scale)
@@ -56,44 +120,10 @@ def normalize(
     return torch.addcmul(shift, centred, scale) if work is None else centred.mul_(scale).add_(shift)
 
 
-def grad_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return mean.new_zeros(2 * x.size(1))
-    pivot = mean.to(_statistics_dtype(x))
-    total, dot = _sums(dy, x, pivot)
-    return torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)])
-
-
-def grad_input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    # dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale, as an affine map of x plus one of dy
-    scale = _scale(x, invstd, weight)
-    slope = (invstd * mean_dy_xhat).to(scale.dtype).mul_(scale).neg_()
-    if _is_half(x):
-        through_moments = _affine(x, mean, slope, -scale * mean_dy)
-    else:
-        centred, pivot = _centred(x, mean)
-        shift = ((pivot - mean) * slope).addcmul_(mean_dy, scale, value=-1)
-        through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
-    if mask is not None:
-        through_moments.mul_(mask)
-    if _is_half(x):
-        return through_moments.add_(_affine(dy, torch.zeros_like(mean), scale, None))
-    return through_moments.addcmul_(dy, _per_channel(scale, x))
-
-
-def _scale(x: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
-    """[C] what xhat is multiplied by, in the dtype of statistics."""
-    invstd = invstd.to(_statistics_dtype(x))
-    return invstd if weight is None else invstd * weight
+def _scale(x: Tensor, affine: Affine) -> Tensor:
+    """[C] what x - mean is multiplied by, in the dtype of statistics."""
+    invstd = affine.invstd.to(_statistics_dtype(x))
+    return invstd if affine.weight is None else invstd * affine.weight
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,7 +162,7 @@ def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return x - _per_channel(pivot, x), pivot
 
 
-def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """(x - mean) * scale + shift in float32, typed as x."""
     if x.numel() == 0:
         return torch.empty_like(x)

@@ -13,7 +13,7 @@ def train_layer(rank, layer, xs, dys, masks=None):
     """One training step of the layer on this rank's share: y, dx, the parameters' gradients and the buffers."""
     x = xs[rank].detach().requires_grad_()
     layer.train()
-    y = layer(x) if masks is None else layer(x, masks[rank])
+    y = layer(x) if masks is None else layer(x, mask=masks[rank])
     y.backward(dys[rank])
     return results(layer, x, y)
 

@@ -338,7 +338,7 @@ def test_a_lazy_sync_batch_norm_becomes_the_one_it_would_have_been(options):
     mask = torch.tensor([True, True, True, False])
     want, lazy = SyncBatchNorm(3, **options), LazySyncBatchNorm(**options)
 
-    assert torch.equal(lazy(x, mask), want(x, mask))
+    assert torch.equal(lazy(x, None, mask), want(x, None, mask))
     assert type(lazy) is SyncBatchNorm
     assert repr(lazy) == repr(want)
     assert vars(lazy).keys() == vars(want).keys()
@@ -348,7 +348,7 @@ def test_a_lazy_sync_batch_norm_becomes_the_one_it_would_have_been(options):
 
 def test_a_lazy_layer_takes_mask_by_name():
     x, mask = torch.randn(4, 3, 5), torch.tensor([True, True, True, False])
-    assert torch.equal(LazySyncBatchNorm()(x=x, mask=mask), SyncBatchNorm(3)(x, mask))
+    assert torch.equal(LazySyncBatchNorm()(x=x, mask=mask), SyncBatchNorm(3)(x, mask=mask))
 
 
 @pytest.mark.parametrize("make", [LazySyncBatchNorm, nn.LazyBatchNorm2d])

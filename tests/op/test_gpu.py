@@ -55,10 +55,10 @@ def test_the_host_never_waits(options, n, masked):
     x = torch.randn(n, 3, 4, 4, device="cuda", requires_grad=True)
     mask = torch.ones(n, device="cuda", dtype=torch.bool) if masked else None
     dy = torch.ones_like(x)
-    layer(x, mask).backward(dy)
+    layer(x, mask=mask).backward(dy)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x, mask).backward(dy)
+        layer(x, mask=mask).backward(dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -46,7 +46,7 @@ def messages_of_a_step(rank, x, options, with_mask):
     mask = torch.ones(len(x), dtype=torch.bool) if with_mask else None
     x = x.clone().requires_grad_()
     with CountedMessages() as sent:
-        layer(x, mask).sum().backward()
+        layer(x, mask=mask).sum().backward()
     with CountedMessages() as nothing:
         layer.eval()(x).sum().backward()
     assert nothing == []

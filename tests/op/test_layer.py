@@ -77,7 +77,7 @@ def refused(rank, x, mask, weight, reduction):
     if weight is not None:
         layer.weight = nn.Parameter(weight)
     try:
-        layer(x[rank], mask if rank == 0 else None)
+        layer(x[rank], mask=mask if rank == 0 else None)
         told = None
     except (ValueError, TypeError) as error:
         told = str(error)
@@ -124,13 +124,13 @@ def refused_alone(x, mask, weight):
     layer = SyncBatchNorm(3)
     if weight is not None:
         layer.weight = nn.Parameter(weight)
-    layer(x, mask)
+    layer(x, mask=mask)
 
 
 def lone_value(rank, xs, masks):
     layer = SyncBatchNorm(3)
     try:
-        layer(xs[rank], masks[rank])
+        layer(xs[rank], mask=masks[rank])
     except ValueError as error:
         return str(error), layer.running_var
 

@@ -231,7 +231,7 @@ class Twice(nn.Module):
         self.norm, self.unused = SyncBatchNorm(2, dtype=torch.float64), nn.BatchNorm1d(2)
 
     def forward(self, x):
-        y = self.norm(x, mask_of(x)[0])
+        y = self.norm(x, None, mask_of(x)[0])
         return y + self.norm(mask=mask_of(x)[1], x=2 * x)
 
 
