@@ -38,29 +38,16 @@ def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
 
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: tuple[Tensor, Tensor] | None) -> Tensor:
-    y = _normalized(x, affine, work)
-    if torch.compiler.is_compiling():
-        # torch 2.11 gives no gradient to what was made in place
-        y = y if residual is None else y + residual
-        return y.relu() if affine.relu else y
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_() if affine.relu else y
+    return finish(_normalized(x, affine, work), residual, affine.relu)
 
 
 def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
-    mean, invstd, weight, bias, relu = affine
-    g = torch.ops.aten.threshold_backward(dy, y, 0) if relu else dy
+    g = past_relu(dy, y, affine)
     if x.numel() == 0:
-        packed = mean.new_zeros(2 * x.size(1))
-    else:
-        pivot = mean.to(_statistics_dtype(x))
-        total, dot = _sums(g, x, pivot)
-        packed = torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)])
-    dbias, dweight = packed.clone().chunk(2)
-    return Sums(
-        packed, None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), g
-    )
+        return as_sums(affine.mean.new_zeros(2 * x.size(1)), affine, g)
+    pivot = affine.mean.to(_statistics_dtype(x))
+    total, dot = _sums(g, x, pivot)
+    return as_sums(torch.cat([total, torch.addcmul(dot, pivot - affine.mean, total).mul_(affine.invstd)]), affine, g)
 
 
 def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
@@ -80,6 +67,29 @@ def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor
     if _is_half(x):
         return through_moments.add_(_scaled(g, torch.zeros_like(mean), scale, None))
     return through_moments.addcmul_(g, _per_channel(scale, x))
+
+
+def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu(y + residual), in y's place."""
+    if torch.compiler.is_compiling():
+        # torch 2.11 gives no gradient to what was made in place
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def past_relu(dy: Tensor, y: Tensor | None, affine: Affine) -> Tensor:
+    """dy where relu let a value through."""
+    return torch.ops.aten.threshold_backward(dy, y, 0) if affine.relu else dy
+
+
+def as_sums(packed: Tensor, affine: Affine, g: Tensor) -> Sums:
+    """packed, and the gradients of weight and bias out of it."""
+    dbias, dweight = packed.clone().chunk(2)
+    dweight = None if affine.weight is None else dweight.to(affine.weight.dtype)
+    return Sums(packed, dweight, None if affine.bias is None else dbias.to(affine.bias.dtype), g)
 
 
 def _moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:

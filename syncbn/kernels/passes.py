@@ -1,0 +1,329 @@
+"""What runs on the device, in Triton: the passes over x and the steps over channels. triton.py launches it.
+
+A tensor lies in memory as [N, C, S], and a tile of it is [BN, BC, BS]; t counts tiles along N and S, and each program
+has one block of BC channels. V is the dtype that values are computed in, INT that of offsets. What is None is left out.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _channels(C, BC: tl.constexpr):
+    """This program's number among those of its block of channels; the channels."""
+    blocks = tl.cdiv(C, BC)
+    return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def _channels_backwards(C, BC: tl.constexpr):
+    """The same from the end: what the pass before read last is still in the L2 cache."""
+    blocks, program = tl.cdiv(C, BC), tl.num_programs(0) - 1 - tl.program_id(0)
+    return program // blocks, (program % blocks) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def _tile(t, c, N, C, S, BN: tl.constexpr, BS: tl.constexpr, INT: tl.constexpr):
+    """Of tile t: offsets and whether they are inside, [BN, BC, BS]; the same for a mask, which has one channel."""
+    columns = tl.cdiv(S, BS)
+    n = (t // columns).to(INT) * BN + tl.arange(0, BN)
+    s = (t % columns) * BS + tl.arange(0, BS)
+    place, place_inside = n[:, None, None] * S + s[None, None, :], (n < N)[:, None, None] & (s < S)[None, None, :]
+    offsets = (n[:, None, None] * C + c[None, :, None]) * S + s[None, None, :]
+    return offsets, place_inside & (c < C)[None, :, None], place, place_inside
+
+
+@triton.jit
+def _sum(tile):
+    """[BC] float64 of [BN, BC, BS]."""
+    return tl.sum(tl.sum(tile, 2), 0).to(tl.float64)
+
+
+@triton.jit
+def _affine(mean, invstd, weight, bias, c, C, V: tl.constexpr):
+    """pivot, scale, shift and rest [1, BC, 1] such that y = (x - pivot) * scale + shift, and pivot - mean = rest."""
+    exact = tl.load(mean + c, c < C, 0.0)
+    pivot = exact.to(V)
+    rest = (pivot.to(tl.float64) - exact).to(V)
+    scale = tl.load(invstd + c, c < C, 0.0).to(V)
+    if weight is not None:
+        scale *= tl.load(weight + c, c < C, 0.0).to(V)
+    shift = rest * scale
+    if bias is not None:
+        shift += tl.load(bias + c, c < C, 0.0).to(V)
+    return pivot[None, :, None], scale[None, :, None], shift[None, :, None], rest[None, :, None]
+
+
+@triton.jit
+def _store_moments(out, c, C, count, mean, m2, MESSAGE: tl.constexpr):
+    """As moments.to_message or moments.to_row has it."""
+    total = count * mean
+    tl.store(out + c, total if MESSAGE else mean, c < C)
+    tl.store(out + C + c, m2 + total * mean if MESSAGE else m2, c < C)
+    # Every block of channels writes the same count
+    tl.store(out + 2 * C, count)
+
+
+@triton.jit
+def moments(
+    x,
+    mask,
+    rows,
+    N,
+    C,
+    S,
+    parts,
+    MESSAGE: tl.constexpr,
+    V: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    INT: tl.constexpr,
+):
+    """rows [G * parts, 2C + 1]: the moments of every parts-th tile of each of the G tensors [N, C, S] in x."""
+    row, c = _channels(C, BC)
+    x += (row // parts).to(tl.int64) * N * C * S
+    tiles, t = tl.cdiv(N, BN) * tl.cdiv(S, BS), row % parts
+    offsets, inside, place, here = _tile(t, c, N, C, S, BN, BS, INT)
+    if mask is not None:
+        mask += (row // parts).to(tl.int64) * N * S
+        here = here & (tl.load(mask + place, here, 0) != 0)
+        # What is masked may be anything, and so no measure of where the values are
+        while (tl.sum(here.to(tl.int32)) == 0) & (t + parts < tiles):
+            t += parts
+            offsets, inside, place, here = _tile(t, c, N, C, S, BN, BS, INT)
+            here = here & (tl.load(mask + place, here, 0) != 0)
+        inside = inside & here
+    # Squares about the mean of the first tile lose nothing, however far it is from zero
+    first = tl.load(x + offsets, inside, 0.0).to(V)
+    pivot = (_sum(first) / tl.maximum(tl.sum(here.to(tl.int32)), 1)).to(V)
+    total, squares = tl.zeros([BN, BC, BS], V), tl.zeros([BN, BC, BS], V)
+    counts = tl.zeros([BN, 1, BS], tl.int32)
+    while t < tiles:
+        offsets, inside, place, here = _tile(t, c, N, C, S, BN, BS, INT)
+        if mask is not None:
+            here = here & (tl.load(mask + place, here, 0) != 0)
+            inside = inside & here
+        values = tl.load(x + offsets, inside, 0.0).to(V) - pivot[None, :, None]
+        values = tl.where(inside, values, 0.0)
+        total += values
+        squares += values * values
+        counts += here.to(tl.int32)
+        t += parts
+    count = tl.sum(counts.to(tl.int64)).to(tl.float64)
+    offset = _sum(total) / tl.maximum(count, 1.0)
+    mean = tl.where(count > 0, pivot.to(tl.float64) + offset, 0.0)
+    m2 = _sum(squares) - offset * offset * count
+    _store_moments(rows + row * (2 * C + 1), c, C, count, mean, tl.where(m2 < 0, 0.0, m2), MESSAGE)
+
+
+@triton.jit
+def merge(
+    rows,
+    out,
+    invstd,
+    C,
+    R,
+    eps: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    SUMMED: tl.constexpr,
+    MESSAGE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """out [2C + 1]: what R rows [R, 2C + 1] are together (Chan et al.), or what a sum of messages holds; invstd [C]."""
+    _, c = _channels(C, BC)
+    if SUMMED:
+        count = tl.load(rows + 2 * C)
+        mean = tl.load(rows + c, c < C, 0.0) / tl.maximum(count, 1.0)
+        m2 = tl.load(rows + C + c, c < C, 0.0) - count * mean * mean
+        m2 = tl.where(m2 < 0, 0.0, m2)
+    else:
+        count = tl.zeros([], tl.float64)
+        mean, m2 = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
+        for start in range(0, R, BR):
+            r = start + tl.arange(0, BR)
+            row, inside = rows + r[:, None] * (2 * C + 1), (r < R)[:, None] & (c < C)[None, :]
+            n = tl.load(row + 2 * C, (r < R)[:, None], 0.0)
+            means, m2s = tl.load(row + c[None, :], inside, 0.0), tl.load(row + C + c[None, :], inside, 0.0)
+            more = tl.sum(n)
+            mean_of_more = tl.sum(n * means, 0) / tl.maximum(more, 1.0)
+            apart = means - mean_of_more[None, :]
+            share, delta = more / tl.maximum(count + more, 1.0), mean_of_more - mean
+            m2 += tl.sum(m2s + n * apart * apart, 0) + delta * delta * count * share
+            mean += delta * share
+            count += more
+    _store_moments(out, c, C, count, mean, m2, MESSAGE)
+    if invstd is not None:
+        tl.store(invstd + c, 1 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps), c < C)
+
+
+@triton.jit
+def update_running(
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    count,
+    mean,
+    m2,
+    C,
+    momentum: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    CUMULATIVE: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """As moments.update_running; one program, or the number of batches would be read and written at once."""
+    n, batches = tl.load(count), tl.load(num_batches_tracked)
+    seen = n > 0
+    batches += seen.to(tl.int64)
+    rate = 1 / tl.maximum(batches.to(tl.float64), 1.0) if CUMULATIVE else tl.full([], momentum, tl.float64)
+    step = tl.where(seen, rate, 0.0)
+    tl.debug_barrier()
+    tl.store(num_batches_tracked, batches)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        old_mean, old_var = tl.load(running_mean + c, c < C), tl.load(running_var + c, c < C)
+        new_mean, new_var = tl.load(mean + c, c < C), tl.load(m2 + c, c < C) / tl.maximum(n - 1, 1.0)
+        # An empty batch leaves them as they were, even what is not finite
+        moved_mean = tl.where(seen, old_mean + step * (new_mean - old_mean), old_mean)
+        moved_var = tl.where(seen, old_var + step * (new_var - old_var), old_var)
+        tl.store(running_mean + c, moved_mean, c < C)
+        tl.store(running_var + c, moved_var, c < C)
+
+
+@triton.jit
+def normalize(
+    x,
+    residual,
+    y,
+    mean,
+    invstd,
+    weight,
+    bias,
+    N,
+    C,
+    S,
+    RELU: tl.constexpr,
+    V: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    INT: tl.constexpr,
+):
+    """y = relu((x - mean) * invstd * weight + bias + residual)."""
+    t, c = _channels_backwards(C, BC)
+    offsets, inside, _, _ = _tile(t, c, N, C, S, BN, BS, INT)
+    pivot, scale, shift, _ = _affine(mean, invstd, weight, bias, c, C, V)
+    values = (tl.load(x + offsets, inside, 0.0).to(V) - pivot) * scale + shift
+    if residual is not None:
+        values += tl.load(residual + offsets, inside, 0.0).to(V)
+    if RELU:
+        # Unlike a maximum, it lets NaN through
+        values = tl.where(values <= 0, 0.0, values)
+    tl.store(y + offsets, values, inside)
+
+
+@triton.jit
+def _store_sums(sums, dweight, dbias, c, C, total, dot):
+    tl.store(sums + c, total, c < C)
+    tl.store(sums + C + c, dot, c < C)
+    if dweight is not None:
+        tl.store(dweight + c, dot, c < C)
+    if dbias is not None:
+        tl.store(dbias + c, total, c < C)
+
+
+@triton.jit
+def grad_sums(
+    dy,
+    x,
+    y,
+    g,
+    rows,
+    dweight,
+    dbias,
+    mean,
+    invstd,
+    weight,
+    bias,
+    N,
+    C,
+    S,
+    parts,
+    RELU: tl.constexpr,
+    V: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    INT: tl.constexpr,
+):
+    """rows [parts, 2C]: [sum g | sum g * xhat] of every parts-th tile; g = dy where relu let x through, stored if y."""
+    row, c = _channels(C, BC)
+    pivot, scale, shift, rest = _affine(mean, invstd, weight, bias, c, C, V)
+    total, dot = tl.zeros([BN, BC, BS], V), tl.zeros([BN, BC, BS], V)
+    for t in range(row, tl.cdiv(N, BN) * tl.cdiv(S, BS), parts):
+        offsets, inside, _, _ = _tile(t, c, N, C, S, BN, BS, INT)
+        centred = tl.load(x + offsets, inside, 0.0).to(V) - pivot
+        past = tl.load(dy + offsets, inside, 0.0).to(V)
+        if y is not None:
+            past = tl.where(tl.load(y + offsets, inside, 0.0) <= 0, 0.0, past)
+            tl.store(g + offsets, past, inside)
+        elif RELU:
+            past = tl.where(centred * scale + shift <= 0, 0.0, past)
+        total += past
+        dot += past * centred
+    sum_g, factor = _sum(total), tl.load(invstd + c, c < C, 0.0)
+    dot_xhat = (_sum(dot) + tl.sum(tl.sum(rest, 2), 0).to(tl.float64) * sum_g) * factor
+    _store_sums(rows + row * (2 * C), dweight, dbias, c, C, sum_g, dot_xhat)
+
+
+@triton.jit
+def add_sums(rows, sums, dweight, dbias, C, R, BR: tl.constexpr, BC: tl.constexpr):
+    """sums [2C] of rows [R, 2C]."""
+    _, c = _channels(C, BC)
+    total, dot = tl.zeros([BR, BC], tl.float64), tl.zeros([BR, BC], tl.float64)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        offsets = r[:, None] * (2 * C) + c[None, :]
+        total += tl.load(rows + offsets, inside, 0.0)
+        dot += tl.load(rows + C + offsets, inside, 0.0)
+    _store_sums(sums, dweight, dbias, c, C, tl.sum(total, 0), tl.sum(dot, 0))
+
+
+@triton.jit
+def grad_input(
+    g,
+    x,
+    mask,
+    dx,
+    mean,
+    invstd,
+    weight,
+    bias,
+    sums,
+    count,
+    N,
+    C,
+    S,
+    RELU: tl.constexpr,
+    V: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    INT: tl.constexpr,
+):
+    """dx = (g - mean g - xhat * mean(g * xhat)) * invstd * weight, as an affine map of x plus one of g."""
+    t, c = _channels_backwards(C, BC)
+    offsets, inside, place, here = _tile(t, c, N, C, S, BN, BS, INT)
+    pivot, scale, shift, rest = _affine(mean, invstd, weight, bias, c, C, V)
+    n = tl.maximum(tl.load(count), 1.0)
+    mean_g = (tl.load(sums + c, c < C, 0.0) / n).to(V)[None, :, None]
+    mean_g_xhat = tl.load(sums + C + c, c < C, 0.0) / n
+    slope = -(tl.load(invstd + c, c < C, 0.0) * mean_g_xhat).to(V)[None, :, None] * scale
+    centred = tl.load(x + offsets, inside, 0.0).to(V) - pivot
+    past = tl.load(g + offsets, inside, 0.0).to(V)
+    if RELU:
+        past = tl.where(centred * scale + shift <= 0, 0.0, past)
+    through_moments = centred * slope + (rest * slope - mean_g * scale)
+    if mask is not None:
+        through_moments = tl.where(tl.load(mask + place, here, 0) != 0, through_moments, 0.0)
+    tl.store(dx + offsets, past * scale + through_moments, inside)

@@ -1,0 +1,223 @@
+"""The kernels in Triton, for CUDA devices: each pass reads and writes its tensors once, in the same order every run.
+
+A tensor lies in memory as [N, C, S], or, where channels are last, as [N * S, C, 1]. The passes that add up are cut into
+parts, whose sums are rows that a second launch adds up in their order; of a small tensor there is one part and no
+second launch. Where the relu let a value through is computed from x again, unless a residual was added.
+"""
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from syncbn.kernels import passes
+from syncbn.kernels.contract import Affine, Form, Local, Sums
+from syncbn.moments import Moments, from_row
+
+NEEDS_Y = False
+
+# Elements of a tile: 16 for each thread of 8 warps
+_TILE, _WARPS = 4096, 8
+# Tiles of a tensor that is one part: there a launch costs more than the programs that it would add
+_SMALL = 8
+# Programs for each multiprocessor in the passes that add up
+_WAVES = 4
+# Columns that a program takes of the small matrices that are added up
+_COLUMNS = 8
+# Elements up to which offsets are int32
+_INT32 = 2**30
+
+
+def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:
+    x, mask = _dense(x), _of_places(mask, x)
+    images = x.size(0) if per_image else 1
+    message = form == "message"
+    if x.numel() == 0:
+        means = x.new_zeros(images, x.size(1), dtype=torch.float64) if per_image else None
+        return Local(x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64), None, means)
+    layout = _layout(x)._replace(N=_layout(x).N // images)
+    plan = _plan(layout, x.dtype, x.device)
+    count = images * plan.parts
+    rows = _vector(x, count, 2 * layout.C + 1)
+    final = count == 1 and not per_image
+    _launch(passes.moments, x, count * plan.blocks, x, mask, rows, *layout, plan.parts, message and final, *plan.tile)
+    packed = rows[0] if final else _merged(rows, message)
+    return Local(packed, None, _image_means(rows.view(images, plan.parts, -1)) if per_image else None)
+
+
+def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
+    channels = shared.size(-1) // 2
+    settled = shared.new_empty(3 * channels + 1)
+    _merge(shared, settled, settled[2 * channels + 1 :], eps, summed=shared.dim() == 1, message=False)
+    return from_row(settled[: 2 * channels + 1]), settled[2 * channels + 1 :]
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    moments: Moments,
+    momentum: float | None,
+) -> None:
+    _launch(
+        passes.update_running,
+        running_mean,
+        1,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        *moments,
+        running_mean.numel(),
+        momentum or 0.0,
+        momentum is None,
+        1024,
+    )
+
+
+def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: None) -> Tensor:
+    x = _dense(x)
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        layout, plan = _layout(x), _plan(_layout(x), x.dtype, x.device)
+        residual = None if residual is None else _laid_out_as(x, residual)
+        _launch(passes.normalize, x, plan.tiles, x, residual, y, *affine[:4], *layout, affine.relu, *plan.tile)
+    return y
+
+
+def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
+    x = _dense(x)
+    dy, channels = _laid_out_as(x, dy), x.size(1)
+    g = dy if y is None else torch.empty_like(dy)
+    dweight, dbias = (None if t is None else torch.empty_like(t) for t in (affine.weight, affine.bias))
+    if x.numel() == 0:
+        return Sums(x.new_zeros(2 * channels, dtype=torch.float64), _zeroed(dweight), _zeroed(dbias), g)
+    layout, plan = _layout(x), _plan(_layout(x), x.dtype, x.device)
+    rows = _vector(x, plan.parts, 2 * channels)
+    parameters = (dweight, dbias) if plan.parts == 1 else (None, None)
+    programs = plan.parts * plan.blocks
+    inputs = (dy, x, y, None if y is None else g, rows, *parameters, *affine[:4])
+    _launch(passes.grad_sums, x, programs, *inputs, *layout, plan.parts, affine.relu, *plan.tile)
+    if plan.parts == 1:
+        return Sums(rows[0], dweight, dbias, g)
+    sums = rows.new_empty(2 * channels)
+    step = (channels, plan.parts, _rows_at_a_time(plan.parts), _COLUMNS)
+    _launch(passes.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
+    return Sums(sums, dweight, dbias, g)
+
+
+def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
+    x = _dense(x)
+    dx = torch.empty_like(x)
+    if x.numel() > 0:
+        layout, plan, mask = _layout(x), _plan(_layout(x), x.dtype, x.device), _of_places(mask, x)
+        inputs = (_laid_out_as(x, g), x, mask, dx, *affine[:4], sums, count)
+        _launch(passes.grad_input, x, plan.tiles, *inputs, *layout, affine.relu, *plan.tile)
+    return dx
+
+
+def _merged(rows: Tensor, message: bool) -> Tensor:
+    packed = rows.new_empty(rows.size(1))
+    _merge(rows, packed, None, 0.0, summed=False, message=message)
+    return packed
+
+
+def _merge(rows: Tensor, out: Tensor, invstd: Tensor | None, eps: float, *, summed: bool, message: bool) -> None:
+    channels, count = rows.size(-1) // 2, 1 if summed else len(rows)
+    steps = (eps, summed, message, _rows_at_a_time(count), _COLUMNS)
+    _launch(passes.merge, rows, triton.cdiv(channels, _COLUMNS), rows, out, invstd, channels, count, *steps)
+
+
+def _rows_at_a_time(count: int) -> int:
+    return next(rows for rows in (1, 16, 256) if rows >= min(count, 256))
+
+
+def _image_means(rows: Tensor) -> Tensor:
+    """[N, C] of [N, parts, 2C + 1]."""
+    counts, means = rows[..., -1:], rows[..., : rows.size(-1) // 2]
+    return (counts * means).sum(1) / counts.sum(1).clamp(min=1)
+
+
+class _Layout(NamedTuple):
+    """How a tensor [N, C, *S] lies in memory: [N, C, S]."""
+
+    N: int
+    C: int
+    S: int
+
+
+def _layout(x: Tensor) -> _Layout:
+    channels = x.size(1)
+    if x.is_contiguous():
+        return _Layout(x.size(0), channels, x.numel() // (x.size(0) * channels))
+    return _Layout(x.numel() // channels, channels, 1)
+
+
+class _Plan(NamedTuple):
+    """How a pass over a tensor is cut up.
+
+    tile: the constants of a pass: dtype of values, BN, BC, BS, dtype of offsets.
+    blocks: of channels. tiles: all of them. parts: of a pass that adds up.
+    """
+
+    tile: tuple[Any, int, int, int, Any]
+    blocks: int
+    tiles: int
+    parts: int
+
+
+@cache
+def _plan(layout: _Layout, dtype: torch.dtype, device: torch.device) -> _Plan:
+    outer, channels, inner = layout
+    columns = min(triton.next_power_of_2(inner), _TILE)
+    # Channels side by side fill a tile's row; planes, only as far as they are small
+    wide = min(triton.next_power_of_2(channels), max(1, (64 if inner == 1 else 256) // columns))
+    rows = min(triton.next_power_of_2(outer), _TILE // (columns * wide))
+    blocks = triton.cdiv(channels, wide)
+    tiles = triton.cdiv(outer, rows) * triton.cdiv(inner, columns)
+    parts = 1 if tiles <= _SMALL else min(tiles, triton.cdiv(_WAVES * _multiprocessors(device), blocks))
+    values = tl.float64 if dtype == torch.float64 else tl.float32
+    offsets = tl.int32 if outer * channels * inner <= _INT32 else tl.int64
+    return _Plan((values, rows, wide, columns, offsets), blocks, tiles * blocks, parts)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # Triton's interpreter, of the tests, has none
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _launch(kernel: Any, x: Tensor, programs: int, *arguments: Any) -> None:
+    with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
+        kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=True)
+
+
+def _vector(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=x.device)
+
+
+def _zeroed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.zero_()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as it is, where its channels are planes or last in memory without gaps; else a copy."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """other in x's memory format, of which x has no gaps."""
+    strides = zip(x.shape, x.stride(), other.stride(), strict=True)
+    if all(mine == theirs or size == 1 for size, mine, theirs in strides):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def _of_places(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """One byte for each place of x, [N, 1, *S]."""
+    if mask is None:
+        return None
+    return mask.expand(x.size(0), 1, *x.shape[2:]).contiguous().view(torch.uint8)

@@ -1,0 +1,271 @@
+"""The GPU's kernels against the eager ones in float64: in Triton's interpreter here, compiled where there is a GPU."""
+
+import os
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from syncbn import kernels
+from syncbn.kernels import Affine, eager
+from syncbn.moments import to_row
+from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
+from tests.ranks import run_ranks
+
+triton = pytest.importorskip("syncbn.kernels.triton", reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+SHAPES = {
+    "one-element": (1, 1),
+    "rows": (5, 3),
+    "no-rows": (0, 3),
+    "no-images": (0, 3, 4, 2),
+    "many-channels": (3, 130),
+    "many-rows": (9001, 2),
+    "more-rows-than-parts": (70_001, 1),
+    "line": (4, 3, 5),
+    "huge-line": (1, 1, 40_001),
+    "planes": (3, 5, 7, 3),
+    "small-planes": (9, 37, 2, 2),
+    "large-planes": (2, 2, 70, 67),
+    "volumes": (2, 3, 4, 5, 3),
+}
+CASES = {
+    "plain": {},
+    "no-parameters": {"affine": False},
+    "relu": {"relu": True},
+    "residual": {"residual": True},
+    "residual+relu": {"residual": True, "relu": True},
+    "mask": {"mask": "element"},
+    "mask-of-images": {"mask": "image", "relu": True},
+}
+
+
+def inputs(shape, dtype=torch.float32, mean=10.0, *, affine=True, relu=False, residual=False, mask=None):
+    """x, dy and what else a case has, on the kernels' device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    x, channels = (mean + 3 * random(*shape)).to(dtype), shape[1]
+    place = (shape[0], 1, *shape[2:]) if mask == "element" else (shape[0], *[1] * (len(shape) - 1))
+    case = {
+        "x": x,
+        "dy": (random(*shape) + 0.3 * (x - mean)).to(dtype),
+        "weight": random(channels).to(dtype) if affine else None,
+        "bias": random(channels).to(dtype) if affine else None,
+        "residual": random(*shape).to(dtype) if residual else None,
+        "mask": torch.rand(place, generator=generator) < 0.6 if mask else None,
+    }
+    return {name: None if t is None else t.to(DEVICE) for name, t in case.items()} | {"relu": relu}
+
+
+def step(kernel, x, dy, weight, bias, residual, mask, relu, form="message"):
+    """All that a rank alone computes in one training step."""
+    # A program for each image, of thousands, is too much for the interpreter
+    local = kernel.moments(x, mask, form, len(x) < 10)
+    moments, invstd = kernel.statistics(local.packed if form == "message" else local.packed[None], 1e-5)
+    affine = Affine(moments.mean, invstd, weight, bias, relu)
+    y = kernel.normalize(x, affine, residual, local.work)
+    needs_y = relu and (kernel.NEEDS_Y or residual is not None)
+    sums = kernel.grad_sums(dy, x, affine, y if needs_y else None)
+    past_relu = affine._replace(relu=relu and not needs_y)
+    dx = kernel.grad_input(sums.g, x, past_relu, sums.packed, moments.count, mask)
+    found = {
+        "image_means": local.image_means,
+        "mean": moments.mean,
+        "var": moments.var,
+        "count": moments.count,
+        "invstd": invstd,
+        "y": y,
+        "sums": sums.packed,
+        "dweight": sums.dweight,
+        "dbias": sums.dbias,
+        "dresidual": sums.g if residual is not None else None,
+        "dx": dx,
+    }
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def in_float64(case, form="message"):
+    """The step as it should be, by the eager kernels."""
+    exact = {name: t.double() if isinstance(t, torch.Tensor) and name != "mask" else t for name, t in case.items()}
+    return step(eager, **exact, form=form)
+
+
+def assert_steps_agree(got, want, relative):
+    """Within relative times the largest element, or times 1, as gradients are differences of such numbers."""
+    assert got.keys() == want.keys()
+    for name in got:
+        assert got[name].dtype == torch.float64 or name not in ("mean", "var", "count", "invstd", "image_means", "sums")
+        largest = max([1.0, *want[name].abs().flatten().tolist()])
+        assert_close(
+            got[name].double(), want[name], rtol=0, atol=relative * largest, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", ["plain", "residual+relu", "mask"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_triton_agrees_with_eager(shape, case):
+    case = inputs(shape, **CASES[case])
+
+    got = step(triton, **case)
+
+    assert_steps_agree(got, in_float64(case), 1e-5)
+    assert got["y"].is_contiguous()
+    assert got["dx"].is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", ["planes", "small-planes", "volumes", "no-images"])
+def test_channels_last(name, case):
+    shape = SHAPES[name]
+    case = inputs(shape, **case)
+    # What comes with x may lie otherwise
+    case["x"] = case["x"].contiguous(memory_format=LAST[len(shape)])
+
+    got = step(triton, **case)
+
+    assert_steps_agree(got, in_float64(case), 1e-5)
+    assert all(got[name].is_contiguous(memory_format=LAST[len(shape)]) for name in ("y", "dx"))
+
+
+def test_channels_last_of_a_line_and_what_has_gaps():
+    case = inputs((4, 6, 10), residual=True, relu=True)
+    line = case["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    gaps = {name: t[:, ::2, 1:9] if t is not None and t.dim() == 3 else t for name, t in case.items()}
+    gaps |= {name: gaps[name][:3] for name in ("weight", "bias")}
+
+    got = step(triton, **{**case, "x": line})
+
+    assert got["y"].stride() == line.stride()
+    assert_steps_agree(got, in_float64(case), 1e-5)
+    assert_steps_agree(step(triton, **gaps), in_float64(gaps), 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype, case):
+    case = inputs((6, 5, 4, 3), dtype, mean=1.0, **case)
+
+    got = step(triton, **case)
+
+    assert got["y"].dtype == got["dx"].dtype == dtype
+    assert_steps_agree(got, in_float64(case), 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("mean", [3e2, 3e4])
+def test_float32_keeps_five_digits_however_far_the_mean(mean, memory_format):
+    case = inputs((8, 3, 10, 7), mean=mean)
+    case["x"] = case["x"].contiguous(memory_format=memory_format)
+
+    assert_steps_agree(step(triton, **case), in_float64(case), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["row", "message"])
+def test_what_is_masked_is_no_measure_of_the_rest(form):
+    case = inputs((20_000, 2), mean=3e4, mask="image")
+    # The first tiles have nothing that counts, and the values there are far off
+    case["mask"] = (torch.arange(20_000, device=DEVICE) >= 17_000).view(-1, 1)
+    case["x"][:17_000] = 0
+
+    got = step(triton, **case, form=form)
+
+    want = in_float64(case, form)
+    for name in "mean", "var", "count":
+        assert_close(got[name], want[name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(70_001, 3), (2, 3, 70, 67)], ids=str)
+def test_every_run_has_the_same_bits(shape):
+    case = inputs(shape, torch.float32, relu=True)
+    assert_close(step(triton, **case), step(triton, **case), rtol=0, atol=0)
+
+
+def test_offsets_of_64_bits():
+    case = inputs((40, 5, 12, 11), residual=True, relu=True, mask="element")
+    want = step(triton, **case)
+    triton._plan.cache_clear()
+    try:
+        with patch.object(triton, "_INT32", 0):
+            assert_close(step(triton, **case), want, rtol=0, atol=0)
+    finally:
+        triton._plan.cache_clear()
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 16, 300])
+def test_statistics_of_gathered_rows(ranks):
+    x, _ = batch((5, 4), n=2 * ranks, mean=3e6)
+    rows = torch.stack([eager.moments(part, None, "row").packed for part in x.split(2)])
+    rows[ranks // 2] *= ranks == 1  # a rank without data
+    want, invstd = eager.statistics(rows, 0.1)
+
+    got, got_invstd = triton.statistics(rows.to(DEVICE), 0.1)
+
+    # Of 16 digits the mean takes 6
+    assert_close(to_row(got).cpu(), to_row(want), rtol=1e-9, atol=0)
+    assert_close(got_invstd.cpu(), invstd, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None], ids=str)
+@pytest.mark.parametrize("channels", [3, 2500])
+@pytest.mark.parametrize("n", [8, 1, 0], ids=["batch", "one-value", "empty"])
+def test_running_buffers(n, channels, momentum):
+    buffers = [torch.rand(channels), torch.rand(channels), torch.tensor(4)]
+    got = [t.clone().to(DEVICE) for t in buffers]
+    for mean in 5.0, 7.0:
+        moments, _ = eager.statistics(eager.moments(batch((channels,), n=n, mean=mean)[0], None, "message").packed, 0.1)
+        eager.update_running(*buffers, moments, momentum)
+        triton.update_running(*got, type(moments)(*(t.to(DEVICE) for t in moments)), momentum)
+
+    assert_close([t.cpu() for t in got], buffers)
+    assert got[2].item() == (6 if n else 4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_is_not_a_number_is_not_hidden_by_relu(residual):
+    case = inputs((4, 2, 3), relu=True, residual=residual)
+    case["x"][1, 0, 1] = torch.nan
+
+    got = step(triton, **case)
+
+    for name in "y", "dx":
+        assert got[name][:, 0].isnan().all()
+        assert got[name][:, 1].isfinite().all()
+    assert got["var"][0].isnan()
+    assert got["var"][1].isfinite()
+
+
+def on_triton(rank, *args):
+    with patch.object(kernels, "choose", lambda x: triton):
+        return train_layer(rank, *args)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for CPU tensors; test_gpu.py has the layer on a GPU")
+@pytest.mark.parametrize("reduction", ["all_reduce", "gather"])
+@pytest.mark.parametrize("split", [[4, 4], [3, 1, 0, 4]], ids=str)
+def test_ranks_on_triton_equal_the_whole_batch(split, reduction):
+    x, dy = batch((3, 4, 2))
+    layer = layer_of(3, reduction=reduction)
+
+    ranks = run_ranks(on_triton, len(split), layer, x.split(split), dy.split(split))
+
+    assert_close(joined(ranks), whole_batch(layer, x, dy), **EXACT)
+
+
+def test_every_kernel_compiles_for_a_gpu_without_spilling_and_reads_16_bytes_at_a_time():
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1"}
+    command = [sys.executable, "-m", "tests.op.compile_kernels", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("REG:") > 15
+    for line in done.stdout.splitlines():
+        assert "STACK:0" in line, line
+        assert "LOCAL:0" in line, line
+        assert "v4.b32" in line or line.startswith(("merge", "add_sums")), line
