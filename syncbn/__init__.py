@@ -1,6 +1,6 @@
 """Batch norm that is exact over any split of the batch over ranks. Needs torch alone."""
 
-from syncbn.collectives import Group
+from syncbn.collectives import Group, Reduction
 from syncbn.convert import Conversion, convert, revert
 from syncbn.desync import DesyncError, DesyncMonitor
 from syncbn.functional import sync_batch_norm
@@ -16,6 +16,7 @@ __all__ = [
     "Group",
     "LazySyncBatchNorm",
     "Moments",
+    "Reduction",
     "SyncBatchNorm",
     "convert",
     "recalibrate",

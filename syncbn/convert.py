@@ -63,7 +63,7 @@ def convert(
         model: any module; a batch norm layer itself converts too.
         group: the ranks that form one batch: see `syncbn.Group`. An nn.SyncBatchNorm with a process_group of its own
             keeps that, if group is "world".
-        reduction: "all_reduce" or "gather": see `syncbn.sync_batch_norm`.
+        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         include: a glob pattern or several, of names as in model.named_modules(), say "backbone.*"; None for all.
         exclude: the same, of layers not to convert. Any name of a shared layer includes it, and any excludes it.
         report: called with the Conversion: `report=print` tells what was changed, and what was not and why. Without

@@ -43,8 +43,7 @@ def sync_batch_norm(
         bias: [C], or None for 0.
         eps: added to the variance.
         group: the ranks that form the batch: see `syncbn.Group`.
-        reduction: "all_reduce", or "gather": each rank's moments reach all and are merged in the order of ranks, the
-            same bits in every run and exact at any |mean| / sqrt(var), for a message that grows with the ranks.
+        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         mask: [N] or [N, 1, *S] bool, the elements that count in mean and var, or None for all. The others are
             normalised by them all the same, so they must be finite.
         residual: [N, C, *S], added to what is normalised, or None; a rank may have one where another has none.

@@ -32,7 +32,7 @@ class SyncBatchNorm(_BatchNorm):
         activation: "relu" or None. On a GPU it is a part of the layer's own passes, and so is the sum with a residual.
         group: the ranks that form one batch: see `syncbn.Group`. It may be set anew at any time. A process group is
             shared by deep copies and pickled as its ranks.
-        reduction: "all_reduce", or "gather" for the same bits in every run: see `syncbn.sync_batch_norm`.
+        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         device, dtype: of parameters and buffers; running buffers are never in half precision, whatever the dtype.
 
     Collective: in training, one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must

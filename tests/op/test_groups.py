@@ -133,7 +133,7 @@ def test_what_is_no_group_is_refused_at_once(group):
 
 
 def test_a_reduction_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="reduction is 'sum': it must be 'all_reduce' or 'gather'"):
+    with pytest.raises(ValueError, match="reduction is 'sum': it must be 'all_reduce', 'gather' or 'one_shot'"):
         SyncBatchNorm(3, reduction="sum")
 
 
