@@ -222,13 +222,13 @@ def normalize(
 
 
 @triton.jit
-def _store_sums(sums, dweight, dbias, c, C, total, dot):
+def _store_sums(sums, dweight, dbias, c, C, total, dot, V: tl.constexpr):
     tl.store(sums + c, total, c < C)
     tl.store(sums + C + c, dot, c < C)
     if dweight is not None:
-        tl.store(dweight + c, dot, c < C)
+        tl.store(dweight + c, dot.to(V), c < C)
     if dbias is not None:
-        tl.store(dbias + c, total, c < C)
+        tl.store(dbias + c, total.to(V), c < C)
 
 
 @triton.jit
@@ -272,11 +272,11 @@ def grad_sums(
         dot += past * centred
     sum_g, factor = _sum(total), tl.load(invstd + c, c < C, 0.0)
     dot_xhat = (_sum(dot) + tl.sum(tl.sum(rest, 2), 0).to(tl.float64) * sum_g) * factor
-    _store_sums(rows + row * (2 * C), dweight, dbias, c, C, sum_g, dot_xhat)
+    _store_sums(rows + row * (2 * C), dweight, dbias, c, C, sum_g, dot_xhat, V)
 
 
 @triton.jit
-def add_sums(rows, sums, dweight, dbias, C, R, BR: tl.constexpr, BC: tl.constexpr):
+def add_sums(rows, sums, dweight, dbias, C, R, V: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """sums [2C] of rows [R, 2C]."""
     _, c = _channels(C, BC)
     total, dot = tl.zeros([BR, BC], tl.float64), tl.zeros([BR, BC], tl.float64)
@@ -286,7 +286,7 @@ def add_sums(rows, sums, dweight, dbias, C, R, BR: tl.constexpr, BC: tl.constexp
         offsets = r[:, None] * (2 * C) + c[None, :]
         total += tl.load(rows + offsets, inside, 0.0)
         dot += tl.load(rows + C + offsets, inside, 0.0)
-    _store_sums(sums, dweight, dbias, c, C, tl.sum(total, 0), tl.sum(dot, 0))
+    _store_sums(sums, dweight, dbias, c, C, tl.sum(total, 0), tl.sum(dot, 0), V)
 
 
 @triton.jit

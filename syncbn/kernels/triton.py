@@ -104,7 +104,7 @@ def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     if plan.parts == 1:
         return Sums(rows[0], dweight, dbias, g)
     sums = rows.new_empty(2 * channels)
-    step = (channels, plan.parts, _rows_at_a_time(plan.parts), _COLUMNS)
+    step = (channels, plan.parts, plan.tile[0], _rows_at_a_time(plan.parts), _COLUMNS)
     _launch(passes.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
     return Sums(sums, dweight, dbias, g)
 

@@ -165,7 +165,7 @@ def test_compiled(form, backend):
 
 def refused(rank, xs, r):
     layer = SyncBatchNorm(3)
-    with pytest.raises(ValueError, match="residual|refused") as raised:
+    with pytest.raises(ValueError, match=r"residual|refused") as raised:
         layer(xs[rank], r if rank == 0 else None)
     return str(raised.value), layer.num_batches_tracked.item()
 

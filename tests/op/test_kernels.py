@@ -182,7 +182,7 @@ def test_what_is_masked_is_no_measure_of_the_rest(form):
         assert_close(got[name], want[name], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(70_001, 3), (2, 3, 70, 67)], ids=str)
+@pytest.mark.parametrize("shape", [(30_001, 2), (2, 3, 70, 67)], ids=str)
 def test_every_run_has_the_same_bits(shape):
     case = inputs(shape, torch.float32, relu=True)
     assert_close(step(triton, **case), step(triton, **case), rtol=0, atol=0)
