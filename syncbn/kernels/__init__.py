@@ -4,7 +4,7 @@ import warnings
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncbn.kernels import eager
 from syncbn.kernels.contract import Affine, Form, Kernels, Local, Sums
@@ -14,7 +14,8 @@ __all__ = ["Affine", "Form", "Kernels", "Local", "Sums", "choose"]
 
 def choose(x: Tensor) -> Kernels:
     """The kernels for x's device: Triton's on CUDA; torch's operators elsewhere, and for torch.compile to fuse."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
+    # Fake tensors, and others that stand for one, have no memory to launch a kernel on
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return eager
     return _for_cuda()
 

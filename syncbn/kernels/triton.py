@@ -16,7 +16,7 @@ from torch import Tensor
 
 from syncbn.kernels import passes
 from syncbn.kernels.contract import Affine, Form, Local, Sums
-from syncbn.moments import Moments, from_row
+from syncbn.moments import Moments
 
 NEEDS_Y = False
 
@@ -33,18 +33,17 @@ _INT32 = 2**30
 
 
 def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:
-    x, mask = _dense(x), _of_places(mask, x)
     images = x.size(0) if per_image else 1
     message = form == "message"
     if x.numel() == 0:
         means = x.new_zeros(images, x.size(1), dtype=torch.float64) if per_image else None
         return Local(x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64), None, means)
-    layout = _layout(x)._replace(N=_layout(x).N // images)
-    plan = _plan(layout, x.dtype, x.device)
+    x, plan = _planned(x, images)
     count = images * plan.parts
-    rows = _vector(x, count, 2 * layout.C + 1)
+    rows = torch.empty((count, 2 * x.size(1) + 1), dtype=torch.float64, device=x.device)
     final = count == 1 and not per_image
-    _launch(passes.moments, x, count * plan.blocks, x, mask, rows, *layout, plan.parts, message and final, *plan.tile)
+    inputs = (x, _of_places(mask, x), rows, *plan.layout, plan.parts, message and final)
+    _launch(passes.moments, x, count * plan.blocks, *inputs, *plan.tile)
     packed = rows[0] if final else _merged(rows, message)
     return Local(packed, None, _image_means(rows.view(images, plan.parts, -1)) if per_image else None)
 
@@ -52,8 +51,9 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
 def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
     channels = shared.size(-1) // 2
     settled = shared.new_empty(3 * channels + 1)
-    _merge(shared, settled, settled[2 * channels + 1 :], eps, summed=shared.dim() == 1, message=False)
-    return from_row(settled[: 2 * channels + 1]), settled[2 * channels + 1 :]
+    mean, m2, count, invstd = settled.split_with_sizes([channels, channels, 1, channels])
+    _merge(shared, settled, invstd, eps, summed=shared.dim() == 1, message=False)
+    return Moments(count.view(()), mean, m2), invstd
 
 
 def update_running(
@@ -79,43 +79,42 @@ def update_running(
 
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: None) -> Tensor:
-    x = _dense(x)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    x, plan = _planned(x)
     y = torch.empty_like(x)
-    if x.numel() > 0:
-        layout, plan = _layout(x), _plan(_layout(x), x.dtype, x.device)
-        residual = None if residual is None else _laid_out_as(x, residual)
-        _launch(passes.normalize, x, plan.tiles, x, residual, y, *affine[:4], *layout, affine.relu, *plan.tile)
+    residual = None if residual is None else _laid_out_as(x, residual)
+    _launch(passes.normalize, x, plan.tiles, x, residual, y, *affine[:4], *plan.layout, affine.relu, *plan.tile)
     return y
 
 
 def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
-    x = _dense(x)
-    dy, channels = _laid_out_as(x, dy), x.size(1)
-    g = dy if y is None else torch.empty_like(dy)
+    channels = x.size(1)
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (affine.weight, affine.bias))
     if x.numel() == 0:
-        return Sums(x.new_zeros(2 * channels, dtype=torch.float64), _zeroed(dweight), _zeroed(dbias), g)
-    layout, plan = _layout(x), _plan(_layout(x), x.dtype, x.device)
-    rows = _vector(x, plan.parts, 2 * channels)
-    parameters = (dweight, dbias) if plan.parts == 1 else (None, None)
-    programs = plan.parts * plan.blocks
-    inputs = (dy, x, y, None if y is None else g, rows, *parameters, *affine[:4])
-    _launch(passes.grad_sums, x, programs, *inputs, *layout, plan.parts, affine.relu, *plan.tile)
-    if plan.parts == 1:
-        return Sums(rows[0], dweight, dbias, g)
-    sums = rows.new_empty(2 * channels)
-    step = (channels, plan.parts, plan.tile[0], _rows_at_a_time(plan.parts), _COLUMNS)
-    _launch(passes.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
-    return Sums(sums, dweight, dbias, g)
+        return Sums(x.new_zeros(2 * channels, dtype=torch.float64), _zeroed(dweight), _zeroed(dbias), dy)
+    x, plan = _planned(x)
+    dy = _laid_out_as(x, dy)
+    g = None if y is None else torch.empty_like(dy)
+    rows = torch.empty((plan.parts, 2 * channels), dtype=torch.float64, device=x.device)
+    gradients = (dweight, dbias) if plan.parts == 1 else (None, None)
+    inputs = (dy, x, y, g, rows, *gradients, *affine[:4], *plan.layout, plan.parts, affine.relu)
+    _launch(passes.grad_sums, x, plan.parts * plan.blocks, *inputs, *plan.tile)
+    sums = rows[0]
+    if plan.parts > 1:
+        sums = rows.new_empty(2 * channels)
+        step = (channels, plan.parts, plan.tile[0], _rows_at_a_time(plan.parts), _COLUMNS)
+        _launch(passes.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
+    return Sums(sums, dweight, dbias, dy if g is None else g)
 
 
 def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
-    x = _dense(x)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    x, plan = _planned(x)
     dx = torch.empty_like(x)
-    if x.numel() > 0:
-        layout, plan, mask = _layout(x), _plan(_layout(x), x.dtype, x.device), _of_places(mask, x)
-        inputs = (_laid_out_as(x, g), x, mask, dx, *affine[:4], sums, count)
-        _launch(passes.grad_input, x, plan.tiles, *inputs, *layout, affine.relu, *plan.tile)
+    inputs = (_laid_out_as(x, g), x, _of_places(mask, x), dx, *affine[:4], sums, count)
+    _launch(passes.grad_input, x, plan.tiles, *inputs, *plan.layout, affine.relu, *plan.tile)
     return dx
 
 
@@ -141,37 +140,34 @@ def _image_means(rows: Tensor) -> Tensor:
     return (counts * means).sum(1) / counts.sum(1).clamp(min=1)
 
 
-class _Layout(NamedTuple):
-    """How a tensor [N, C, *S] lies in memory: [N, C, S]."""
-
-    N: int
-    C: int
-    S: int
-
-
-def _layout(x: Tensor) -> _Layout:
-    channels = x.size(1)
-    if x.is_contiguous():
-        return _Layout(x.size(0), channels, x.numel() // (x.size(0) * channels))
-    return _Layout(x.numel() // channels, channels, 1)
-
-
 class _Plan(NamedTuple):
     """How a pass over a tensor is cut up.
 
+    layout: [N, C, S], as it lies in memory.
     tile: the constants of a pass: dtype of values, BN, BC, BS, dtype of offsets.
     blocks: of channels. tiles: all of them. parts: of a pass that adds up.
     """
 
+    layout: tuple[int, int, int]
     tile: tuple[Any, int, int, int, Any]
     blocks: int
     tiles: int
     parts: int
 
 
+def _planned(x: Tensor, images: int = 1) -> tuple[Tensor, _Plan]:
+    """x, copied if it lies in memory with gaps, and the plan for it, or for each of so many of its images."""
+    last = not x.is_contiguous()
+    if last and not x.movedim(1, -1).is_contiguous():
+        x, last = x.contiguous(), False
+    return x, _plan(x.shape, last, x.dtype, x.device, images)
+
+
 @cache
-def _plan(layout: _Layout, dtype: torch.dtype, device: torch.device) -> _Plan:
-    outer, channels, inner = layout
+def _plan(shape: torch.Size, last: bool, dtype: torch.dtype, device: torch.device, images: int) -> _Plan:
+    channels, places = shape[1], shape.numel() // shape[1] // images
+    inner = 1 if last else places * images // shape[0]
+    outer = places // inner
     columns = min(triton.next_power_of_2(inner), _TILE)
     # Channels side by side fill a tile's row; planes, only as far as they are small
     wide = min(triton.next_power_of_2(channels), max(1, (64 if inner == 1 else 256) // columns))
@@ -181,7 +177,8 @@ def _plan(layout: _Layout, dtype: torch.dtype, device: torch.device) -> _Plan:
     parts = 1 if tiles <= _SMALL else min(tiles, triton.cdiv(_WAVES * _multiprocessors(device), blocks))
     values = tl.float64 if dtype == torch.float64 else tl.float32
     offsets = tl.int32 if outer * channels * inner <= _INT32 else tl.int64
-    return _Plan((values, rows, wide, columns, offsets), blocks, tiles * blocks, parts)
+    tile = (values, rows, wide, columns, offsets)
+    return _Plan((outer, channels, inner), tile, blocks, tiles * blocks, parts)
 
 
 @cache
@@ -195,17 +192,8 @@ def _launch(kernel: Any, x: Tensor, programs: int, *arguments: Any) -> None:
         kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=True)
 
 
-def _vector(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64, device=x.device)
-
-
 def _zeroed(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.zero_()
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x as it is, where its channels are planes or last in memory without gaps; else a copy."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
