@@ -123,6 +123,8 @@ def as_rank(find_config: Callable[[], Config]) -> int:
     except UserError as error:
         if world.rank() == 0 or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if error.on_every_rank:
+            world.wait_for_word_of_rank_0()
         return USER_ERROR
     except Exception:
         log.exception("rank %d failed", world.rank())
