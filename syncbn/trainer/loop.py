@@ -28,7 +28,7 @@ class TrainConfig:
     accumulate: int = 1  # forwards and backwards per optimiser step; the batch of a norm stays that of one forward
     precision: str = "fp32"  # fp32, or bf16 (autocast: parameters and statistics stay fp32)
     channels_last: bool = False  # memory format of images and convolutions
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile, the whole model in one graph
     ema: float = 0.0  # decay per step of an average of all weights and buffers, used in eval; 0: none
     clip_norm: float = 0.0  # largest norm of the gradient; 0: any
     log_every: int = 10  # steps

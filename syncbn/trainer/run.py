@@ -1,6 +1,7 @@
 """One run on one rank: build everything from the config, train, and leave one folder behind."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ def run(config: Config, ranks: World) -> None:
             watch.give_up()
         if isinstance(error, NonFiniteLoss):
             raise diverged(error, folder) from error
+        if config.train.compile and (broken := graph_break(error)):
+            raise broken from error
         raise
     if watch:
         watch.finish(figures, time.monotonic() - began)
@@ -62,6 +65,22 @@ def diverged(error: NonFiniteLoss, folder: RunFolder) -> UserError:
     kept = f"{folder.checkpoint} holds the state of the last evaluation" if saved else "nothing was saved yet"
     mend = "try a lower optim.lr, a longer schedule.warmup_epochs or train.clip_norm=1"
     return UserError(f"{error}: every rank has stopped and {kept}; {mend}", on_every_rank=True)
+
+
+def graph_break(error: BaseException) -> UserError | None:
+    """The error as the user can act on it, if it says that torch.compile cannot make one graph of the model."""
+    from torch._dynamo.exc import Unsupported  # takes seconds, and is there already where a model was compiled
+
+    if not isinstance(error, Unsupported):
+        return None
+    text = str(error)
+    frames = re.findall(r'File "(.+)", line (\d+), in .*\n *(.+)', text.partition("from user code")[2])
+    where = "at {}:{}, {!r}".format(*frames[-1]) if frames else "somewhere"
+    return UserError(
+        f"train.compile=true makes one graph of the model, and it breaks {where} ({text.splitlines()[0].rstrip('.')}): "
+        "write that without a graph break, or train.compile=false",
+        on_every_rank=True,
+    )
 
 
 def build(config: Config, ranks: World) -> Parts:
@@ -84,7 +103,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     if config.train.ema:
         average = AveragedModel(parts.model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
     if config.train.compile:
-        parts.model.compile()
+        parts.model.compile(fullgraph=True)
     model = DistributedDataParallel(
         parts.model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
