@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from syncbn.trainer import data, models, norms, optim, tasks, world
+from syncbn.trainer import data, graph, models, norms, optim, tasks, world
+from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunFolder
@@ -85,6 +85,8 @@ def graph_break(error: BaseException) -> UserError | None:
 
 def build(config: Config, ranks: World) -> Parts:
     """Data, model and task. No rank speaks to another here."""
+    if config.train.cuda_graph:
+        graph.prepare(ranks.device)
     torch.manual_seed(config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     images = data.build(
@@ -99,9 +101,7 @@ def build(config: Config, ranks: World) -> Parts:
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     """The parts joined over the ranks. Collective."""
-    average = None
-    if config.train.ema:
-        average = AveragedModel(parts.model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
+    average = Average(parts.model, config.train.ema) if config.train.ema else None
     if config.train.compile:
         parts.model.compile(fullgraph=True)
     model = DistributedDataParallel(
@@ -113,7 +113,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     )
     torch.manual_seed(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
     global_batch = config.data.batch_per_rank * ranks.size * config.train.accumulate
-    optimizer = optim.build(config.optim, parts.model, global_batch)
+    optimizer = optim.build(config.optim, parts.model, global_batch, fused=config.train.cuda_graph or None)
     steps_per_epoch = parts.data.steps_per_epoch
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
