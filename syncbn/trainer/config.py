@@ -40,6 +40,13 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.cuda_graph and self.data.skip_broken:
+            raise UserError(
+                "train.cuda_graph=true with data.skip_broken=true: a graph takes batches of one shape, and an image "
+                "left out makes a smaller one; choose one of the two"
+            )
+
 
 def register() -> None:
     """Make the schema known to Hydra: conf/config.yaml is checked against it, and --help lists its keys."""

@@ -2,9 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -12,10 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
+from syncbn.trainer.average import Average
 from syncbn.trainer.data import Batch, Batches, Data
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.graph import Capture, Captured, Done, Step, cuda_graph
 from syncbn.trainer.metrics import Totals
 from syncbn.trainer.tasks import Task
 from syncbn.trainer.world import World
@@ -28,7 +31,8 @@ class TrainConfig:
     accumulate: int = 1  # forwards and backwards per optimiser step; the batch of a norm stays that of one forward
     precision: str = "fp32"  # fp32, or bf16 (autocast: parameters and statistics stay fp32)
     channels_last: bool = False  # memory format of images and convolutions
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile, the whole model in one graph
+    cuda_graph: bool = False  # GPUs only: each step after the 11th is one CUDA graph, launched at once
     ema: float = 0.0  # decay per step of an average of all weights and buffers, used in eval; 0: none
     clip_norm: float = 0.0  # largest norm of the gradient; 0: any
     log_every: int = 10  # steps
@@ -61,7 +65,7 @@ class Training:
     data: Data
     optimizer: Optimizer
     schedule: LRScheduler
-    average: AveragedModel | None = None
+    average: Average | None = None
     step: int = 0
 
     @property
@@ -90,36 +94,33 @@ class NonFiniteLoss(UserError):
         self.step = step
 
 
-def fit(training: Training, config: TrainConfig, world: World, observer: Observer | None = None) -> dict[str, float]:
+def fit(
+    training: Training,
+    config: TrainConfig,
+    world: World,
+    observer: Observer | None = None,
+    capture: Capture = cuda_graph,
+) -> dict[str, float]:
     """Train to the end, evaluating and saving on the way; the figures of the last evaluation.
 
     Collective: every rank calls it with the same config; only rank 0 needs an observer.
     """
-    model, task, optimizer = training.model, training.task, training.optimizer
+    task = training.task
+    take_step: Step = partial(optimiser_step, training, config, world)
+    if config.cuda_graph:
+        take_step = Captured(take_step, training.optimizer, capture)
     steps = config.total_steps(training.data.steps_per_epoch)
     eval_every = config.eval_every or training.data.steps_per_epoch
     batches = Waited(training.data.train)
     totals = Totals(task.sums(), world)
     figures: dict[str, float] = {}
-    model.train()
+    training.model.train()
     while training.step < steps:
-        loss = torch.zeros((), device=world.device)
-        for micro in range(config.accumulate):
-            batch = next(batches)
-            with model.no_sync() if micro + 1 < config.accumulate else nullcontext():
-                with autocast(config, world):
-                    part, sums = task.loss(model, batch)
-                (part / config.accumulate).backward()
-            loss += part.detach() / config.accumulate
-            totals.add(sums, batch.skipped)
+        loss, parts = take_step(islice(batches, config.accumulate))
+        for sums, skipped in parts:
+            totals.add(sums, skipped)
         totals.add_step(loss)
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
         training.schedule.step()
-        optimizer.zero_grad()
-        if training.average:
-            training.average.update_parameters(model.module)
         training.step += 1
 
         evaluating = training.step % eval_every == 0 or training.step == steps
@@ -132,11 +133,34 @@ def fit(training: Training, config: TrainConfig, world: World, observer: Observe
             if observer:
                 observer.log(training.step, {"epoch": training.epoch, **figures})
                 observer.save(training)
-            model.train()
+            training.model.train()
             batches.restart_clock()
         if observer:
             observer.stepped(training.step)
     return figures
+
+
+def optimiser_step(training: Training, config: TrainConfig, world: World, batches: Iterable[Batch]) -> Done:
+    """One step on config.accumulate batches of this rank, a forward and a backward each. Collective.
+
+    It reads nothing back from the device and keeps no number of its own, so that it can be captured as a CUDA graph.
+    """
+    model, optimizer = training.model, training.optimizer
+    loss, parts = torch.zeros((), device=world.device), []
+    for micro, batch in enumerate(batches, start=1):
+        with model.no_sync() if micro < config.accumulate else nullcontext():
+            with autocast(config, world):
+                share, sums = training.task.loss(model, batch)
+            (share / config.accumulate).backward()
+        loss += share.detach() / config.accumulate
+        parts.append((sums, batch.skipped))
+    if config.clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if training.average:
+        training.average.update_parameters(model.module)
+    return loss, parts
 
 
 def read(totals: Totals, training: Training, batches: "Waited") -> dict[str, float]:
@@ -186,6 +210,9 @@ class Waited:
     def __init__(self, batches: Batches):
         self.batches: Iterator[Batch] = iter(batches)
         self.began, self.waited_s = time.perf_counter(), 0.0
+
+    def __iter__(self) -> "Waited":
+        return self
 
     def __next__(self) -> Batch:
         asked = time.perf_counter()

@@ -26,8 +26,8 @@ class Totals:
         self.skipped += skipped
 
     def add_step(self, loss: Tensor) -> None:
-        """Keep the loss [] of one optimiser step on this rank."""
-        self.step_losses.append(loss.double())
+        """Keep a copy of the loss [] of one optimiser step on this rank."""
+        self.step_losses.append(loss.to(torch.float64, copy=True))
 
     def reduce(self) -> tuple[dict[str, float], list[float]]:
         """The sums over all ranks, "skipped" among them, and each step's loss, summed too; then start again.

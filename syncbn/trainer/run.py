@@ -1,6 +1,7 @@
 """One run on one rank: build everything from the config, train, and leave one folder behind."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from syncbn.trainer import data, models, norms, optim, tasks, world
+from syncbn.trainer import data, graph, models, norms, optim, tasks, world
+from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunFolder
@@ -51,6 +52,8 @@ def run(config: Config, ranks: World) -> None:
             watch.give_up()
         if isinstance(error, NonFiniteLoss):
             raise diverged(error, folder) from error
+        if config.train.compile and (broken := graph_break(error)):
+            raise broken from error
         raise
     if watch:
         watch.finish(figures, time.monotonic() - began)
@@ -64,8 +67,26 @@ def diverged(error: NonFiniteLoss, folder: RunFolder) -> UserError:
     return UserError(f"{error}: every rank has stopped and {kept}; {mend}", on_every_rank=True)
 
 
+def graph_break(error: BaseException) -> UserError | None:
+    """The error as the user can act on it, if it says that torch.compile cannot make one graph of the model."""
+    from torch._dynamo.exc import Unsupported  # takes seconds, and is there already where a model was compiled
+
+    if not isinstance(error, Unsupported):
+        return None
+    text = str(error)
+    frames = re.findall(r'File "(.+)", line (\d+), in .*\n *(.+)', text.partition("from user code")[2])
+    where = "at {}:{}, {!r}".format(*frames[-1]) if frames else "somewhere"
+    return UserError(
+        f"train.compile=true makes one graph of the model, and it breaks {where} ({text.splitlines()[0].rstrip('.')}): "
+        "write that without a graph break, or train.compile=false",
+        on_every_rank=True,
+    )
+
+
 def build(config: Config, ranks: World) -> Parts:
     """Data, model and task. No rank speaks to another here."""
+    if config.train.cuda_graph:
+        graph.prepare(ranks.device)
     torch.manual_seed(config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     images = data.build(
@@ -80,11 +101,9 @@ def build(config: Config, ranks: World) -> Parts:
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     """The parts joined over the ranks. Collective."""
-    average = None
-    if config.train.ema:
-        average = AveragedModel(parts.model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
+    average = Average(parts.model, config.train.ema) if config.train.ema else None
     if config.train.compile:
-        parts.model.compile()
+        parts.model.compile(fullgraph=True)
     model = DistributedDataParallel(
         parts.model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
@@ -94,7 +113,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     )
     torch.manual_seed(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
     global_batch = config.data.batch_per_rank * ranks.size * config.train.accumulate
-    optimizer = optim.build(config.optim, parts.model, global_batch)
+    optimizer = optim.build(config.optim, parts.model, global_batch, fused=config.train.cuda_graph or None)
     steps_per_epoch = parts.data.steps_per_epoch
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
@@ -123,6 +142,8 @@ def as_rank(find_config: Callable[[], Config]) -> int:
     except UserError as error:
         if world.rank() == 0 or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if error.on_every_rank:
+            world.wait_for_word_of_rank_0()
         return USER_ERROR
     except Exception:
         log.exception("rank %d failed", world.rank())

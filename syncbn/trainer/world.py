@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -165,6 +166,18 @@ def join(config: LaunchConfig, store: Store) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     return World(rank(), size, device)
+
+
+def wait_for_word_of_rank_0() -> None:
+    """Hold this rank until rank 0 has come here too: a launcher ends all ranks as soon as one has ended.
+
+    Every rank calls it; none waits for longer than 30 s, nor for a rank 0 that is gone.
+    """
+    with suppress(RuntimeError):
+        if rank() == 0:
+            meet().set("syncbn/said", "")
+        else:
+            meet().wait(["syncbn/said"], timedelta(seconds=30))
 
 
 def leave() -> None:

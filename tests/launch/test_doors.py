@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from syncbn.trainer.models.residual import SmallResNet
 from tests.trainer.images import image_folder
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,14 @@ def test_a_diverging_run_stops_everywhere_and_keeps_the_last_good_state(tmp_path
     assert f"at step {state['step'] + 1}" in line or f"at step {state['step'] + 2}" in line
 
 
+def test_a_graph_break_ends_the_run_in_one_line(tmp_path):
+    done = run(PYTHON, "train.compile=true", "model.name=tests.launch.nets:Branching", *SHORT, root=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "nets.py" in line
+    assert line.endswith("(Data-dependent branching): write that without a graph break, or train.compile=false")
+
+
 def test_an_unreadable_image_ends_the_run_by_name_or_is_skipped(tmp_path):
     data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
     (data / "train" / "a" / "0003.jpg").write_bytes(b"not an image")
@@ -246,3 +255,5 @@ def test_every_switch_trains(tmp_path, options):
     done = run(PYTHON, *options, *SHORT, "run.name=r", "wandb.mode=disabled", root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "r" / "result.json").read_text())["metrics"]["eval/loss"] > 0
+    saved = torch.load(tmp_path / "r" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert list(saved) == list(SmallResNet(8, 10).state_dict())  # neither DDP nor torch.compile shows
