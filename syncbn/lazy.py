@@ -49,7 +49,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.activation = checked(activation)
         self.synchronise(group, reduction)
 
-    def initialize_parameters(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def initialize_parameters(self, x: Tensor, *others: Any, **named: Any) -> None:
         """Learn num_features from x; called before the first forward, with its arguments."""
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "running_mean", "running_var")}
         tensors = {name: t for name, t in tensors.items() if t is not None}

@@ -84,16 +84,24 @@ class SyncBatchNorm(_BatchNorm):
         # Layers that share a Spec agree on their ranks once for all
         vars(self)["_spec"] = group if isinstance(group, Spec) else Spec(group)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: Activation = None,
+    ) -> Tensor:
         """Normalise x, add residual, apply the activation.
 
         Args:
             x: [N, C, *S].
             residual: [N, C, *S], or None for 0.
             mask: [N] or [N, 1, *S] bool, the elements that count in training's mean and variance; None for all.
+            activation: "relu", or None for the layer's own.
         """
+        relu = functional.checked(activation or self.activation) == "relu"
         if not self.training:
-            return self._by_running_statistics(x, residual)
+            return self._by_running_statistics(x, residual, relu)
         recall = None
         if not torch.compiler.is_compiling() and recompute.possible():
             recall = vars(self).setdefault("_recall", recompute.Recall())
@@ -106,7 +114,7 @@ class SyncBatchNorm(_BatchNorm):
             mask,
             residual,
             self.eps,
-            self.activation == "relu",
+            relu,
             self.num_features,
             exchange,
             recall,
@@ -134,7 +142,7 @@ class SyncBatchNorm(_BatchNorm):
         if mean is not None and var is not None and batches is not None:
             kernels.choose(x).update_running(mean, var, batches, moments, self.momentum)
 
-    def _by_running_statistics(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _by_running_statistics(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         self._check_input_dim(x)
         # Parameters may be in half precision, where buffers never are
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -143,7 +151,7 @@ class SyncBatchNorm(_BatchNorm):
         )
         y = F.batch_norm(x, mean, var, weight, bias, self.running_mean is None, 0.0, self.eps)
         y = y if residual is None else y + residual.to(x.dtype)
-        return F.relu(y) if self.activation == "relu" else y
+        return F.relu(y) if relu else y
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.size(1) != self.num_features:

@@ -91,6 +91,14 @@ def mixed(rank, layer, xs, r, dys):
     return on_rank(rank, layer, xs, [r] if rank == 0 else None, dys)
 
 
+def test_an_activation_may_be_of_one_call():
+    x, layer = torch.randn(4, 3, 5), SyncBatchNorm(3)
+    for mode in layer.train(), layer.eval():
+        assert_close(mode(x, activation="relu"), F.relu(mode(x)))
+    with pytest.raises(ValueError, match="activation is 'tanh'"):
+        layer(x, activation="tanh")
+
+
 @pytest.mark.parametrize("kind", [SyncBatchNorm, LazySyncBatchNorm])
 def test_eval_adds_and_cuts_too(kind):
     x, r = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
