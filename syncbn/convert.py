@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar, cast
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, checked
+from syncbn.fuse import change_class, fuse_calls, fused_calls, unfuse
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import OF_THIS_PROCESS, SyncBatchNorm
 
@@ -28,16 +29,23 @@ class Conversion:
     changed: a name of each layer that changed its class.
     left: a name of each batch norm layer that could not -> why.
     others: class -> number, of all normalisation layers that are as they were.
+    fused: "BN→ReLU" and "BN→add→ReLU" -> number of places where the model now has one call for it.
+    unfused: a name of each layer, or of the module that calls it -> why fuse=True did not fuse it.
     """
 
     changed: tuple[str, ...]
     left: Mapping[str, str]
     others: Mapping[str, int]
+    fused: Mapping[str, int] = field(default_factory=dict)
+    unfused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"changed {_some(self.changed)}"]
-        for reason in dict.fromkeys(self.left.values()):
-            lines.append(f"left {_some([name for name in self.left if self.left[name] == reason])}: {reason}")
+        if self.fused:
+            lines.append("fused " + ", ".join(f"{count} {what}" for what, count in self.fused.items()))
+        for verb, reasons in (("left", self.left), ("not fused", self.unfused)):
+            for reason in dict.fromkeys(reasons.values()):
+                lines.append(f"{verb} {_some([name for name in reasons if reasons[name] == reason])}: {reason}")
         others = ", ".join(f"{count} {kind}" for kind, count in self.others.items())
         return "\n".join([*lines, f"normalisation layers as they were: {others or 'none'}"])
 
@@ -49,6 +57,7 @@ def convert(
     reduction: Reduction = "all_reduce",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    fuse: bool = False,
     report: Callable[[Conversion], object] | None = None,
 ) -> Model:
     """Make every batch norm layer in model a SyncBatchNorm, in place and without loss.
@@ -59,6 +68,14 @@ def convert(
     Subclasses, frozen and scripted layers are left alone. So is a SyncBatchNorm, with the group that it has: for
     several groups in one model, convert it part by part.
 
+    With fuse, a layer does the ReLU after it too, and the addition between (BN→ReLU, BN→add→ReLU), where one module
+    calls them, as those of torchvision's ResNets do. Outputs, gradients, buffers and state_dict are the same. The
+    module around, say a Bottleneck, becomes a FusedBottleneck: the same object, with a forward made from a trace of
+    its own (an nn.Sequential looks for pairs as it runs). So do it last, and revert before you change such a module:
+    the flags and numbers that its forward read are kept, a ReLU or a shortcut that it gets later has no effect, nor
+    has a hook of such a ReLU, and a hook of the layer sees what the ReLU gave. The terms of a fused addition must be
+    of one shape.
+
     Args:
         model: any module; a batch norm layer itself converts too.
         group: the ranks that form one batch: see `syncbn.Group`. An nn.SyncBatchNorm with a process_group of its own
@@ -66,6 +83,7 @@ def convert(
         reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         include: a glob pattern or several, of names as in model.named_modules(), say "backbone.*"; None for all.
         exclude: the same, of layers not to convert. Any name of a shared layer includes it, and any excludes it.
+        fuse: let the layers, those that were SyncBatchNorm before among them, do ReLU and addition where that is safe.
         report: called with the Conversion: `report=print` tells what was changed, and what was not and why. Without
             it, a model in which there is nothing to convert is warned of.
 
@@ -78,20 +96,23 @@ def convert(
     spec = Spec(group)
     checked(reduction)
     found = _batch_norms(model)
+    selected = _selected(found, include, exclude)
     plan, left = [], {}
-    for name, layer in _selected(found, include, exclude).items():
+    for name, layer in selected.items():
         to, why_not = _successor(layer)
         if to is not None:
             plan.append((name, layer, to, _origin(layer)))
         elif why_not:
             left[name] = why_not
     for _, layer, to, origin in plan:
-        _change_class(layer, to)
+        change_class(layer, to)
         vars(layer).pop("process_group", None)
         vars(layer)["_origin"] = origin
         own = origin.process_group if group == "world" else None
         cast(SyncBatchNorm, layer).synchronise(own or spec, reduction)
-    conversion = _told(model, [name for name, *_ in plan], left)
+    layers = {layer for layer in selected.values() if isinstance(layer, SyncBatchNorm)}
+    unfused = fuse_calls(model, layers) if fuse else {}
+    conversion = _told(model, [name for name, *_ in plan], left, unfused)
     if report is not None:
         report(conversion)
     elif not any(isinstance(layer, SyncBatchNorm) for _, layer in found):
@@ -100,7 +121,7 @@ def convert(
 
 
 def revert(model: Model, *, report: Callable[[Conversion], object] | None = None) -> Model:
-    """Undo convert in place: every converted layer is of its former class again, with nothing of ours left in it.
+    """Undo convert in place: all that it converted or fused is of its former class again, with nothing of ours in it.
 
     For export, for one process alone, and for tools that know torch's classes. Running buffers take the dtype of
     half-precision parameters, as nn.BatchNorm wants. A lazy layer that knows its channels becomes what it would have.
@@ -112,6 +133,7 @@ def revert(model: Model, *, report: Callable[[Conversion], object] | None = None
     Returns:
         model.
     """
+    unfuse(model)
     changed, left = [], {}
     for (name, *_), layer in _batch_norms(model):
         if isinstance(layer, SyncBatchNorm):
@@ -178,19 +200,11 @@ def _origin(layer: nn.Module) -> _Origin:
     return _Origin(type_before_parametrizations(layer), None if own is None else Spec(own))
 
 
-def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:
-    """Make layer a `to`, with the parametrisations that torch keeps in a class of the layer's own."""
-    if is_parametrized(layer):
-        own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-        to = type(f"Parametrized{to.__name__}", (to,), own)
-    layer.__class__ = to
-
-
 def _restore(name: str, layer: SyncBatchNorm) -> None:
     kind, process_group = vars(layer)["_origin"]
     if not isinstance(layer, LazySyncBatchNorm):
         kind = getattr(kind, "cls_to_become", None) or kind
-    _change_class(layer, kind)
+    change_class(layer, kind)
     for ours in ("_origin", "_spec", "reduction", *OF_THIS_PROCESS):
         vars(layer).pop(ours, None)
     if isinstance(layer, nn.SyncBatchNorm):
@@ -238,7 +252,9 @@ def _match(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _told(model: nn.Module, changed: Sequence[str], left: Mapping[str, str]) -> Conversion:
+def _told(
+    model: nn.Module, changed: Sequence[str], left: Mapping[str, str], unfused: Mapping[str, str] | None = None
+) -> Conversion:
     # A container that is named for the norm within it has no parameters, not even None
     others = Counter(
         type_before_parametrizations(layer).__name__
@@ -246,7 +262,7 @@ def _told(model: nn.Module, changed: Sequence[str], left: Mapping[str, str]) -> 
         if name not in changed
         and (_is_batch_norm(layer) or ("norm" in type(layer).__name__.lower() and layer._parameters))
     )
-    return Conversion(tuple(changed), left, dict(others))
+    return Conversion(tuple(changed), left, dict(others), fused_calls(model), unfused or {})
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

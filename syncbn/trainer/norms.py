@@ -1,5 +1,6 @@
 """Every normalisation that the trainer can put in a model's place for batch norm, by name."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import syncbn
 from syncbn.trainer.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class NormConfig:
     name: str = "sync"  # sync: over all ranks (ours); local: each rank's own; torch: torch.nn.SyncBatchNorm, GPUs only
+    fuse: bool = False  # the layers also do the ReLU after them and the addition between; for norm=sync
 
     def __post_init__(self) -> None:
         if self.name not in NORMS:
             raise UserError(f"norm={self.name}: choose one of {', '.join(NORMS)}")
+        if self.fuse and self.name != "sync":
+            raise UserError(f"norm.fuse=true with norm={self.name}: only norm=sync fuses; take it, or norm.fuse=false")
 
 
 def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple[nn.Module, int]:
@@ -27,8 +33,10 @@ def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple
     Call it once, last: after weights are loaded and before the model is wrapped for the ranks.
     """
     before = list(map(type, model.modules()))
-    model = NORMS[config.name](model, device)
-    return model, sum(old is not type(new) for old, new in zip(before, model.modules(), strict=True))
+    model = NORMS[config.name](model, config, device)
+    changed = [new for old, new in zip(before, model.modules(), strict=True) if old is not type(new)]
+    # A fused module around a layer changed its class too
+    return model, sum(isinstance(module, _BatchNorm) for module in changed)
 
 
 def nothing_converted(model: nn.Module) -> str:
@@ -50,19 +58,23 @@ def synchronised(model: nn.Module) -> bool:
     return all(isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in batch_norms(model))
 
 
-def _sync(model: nn.Module, device: torch.device) -> nn.Module:
+def _sync(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
     # That nothing was found is said once, by rank 0's Watch
-    return syncbn.convert(model, report=lambda _: None)
+    return syncbn.convert(model, fuse=config.fuse, report=lambda told: log.info("norm=sync: %s", told))
 
 
-def _local(model: nn.Module, device: torch.device) -> nn.Module:
+def _local(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
     return model
 
 
-def _torch(model: nn.Module, device: torch.device) -> nn.Module:
+def _torch(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
     if device.type != "cuda":
         raise UserError(f"norm=torch on {device.type}: torch.nn.SyncBatchNorm runs on GPUs only; take norm=sync")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-NORMS: dict[str, Callable[[nn.Module, torch.device], nn.Module]] = {"sync": _sync, "local": _local, "torch": _torch}
+NORMS: dict[str, Callable[[nn.Module, NormConfig, torch.device], nn.Module]] = {
+    "sync": _sync,
+    "local": _local,
+    "torch": _torch,
+}

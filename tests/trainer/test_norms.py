@@ -1,5 +1,7 @@
 """norm= changes what it says, counts it, and says why it found nothing."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -18,6 +20,24 @@ def test_sync_converts_every_batch_norm():
     assert converted == 20
     assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == 20
     assert norms.synchronised(model)
+
+
+def test_fusing_converts_as_many_and_computes_the_same():
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet18().double()
+    fused = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    assert norms.convert(plain, NormConfig("sync"), CPU)[1] == 20
+    assert norms.convert(fused, NormConfig("sync", fuse=True), CPU)[1] == 20
+    assert type(fused.layer1[0]).__name__ == "FusedBasicBlock"
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["local", "torch"])
+def test_only_sync_fuses(name):
+    with pytest.raises(UserError, match=f"norm.fuse=true with norm={name}: only norm=sync fuses"):
+        NormConfig(name, fuse=True)
 
 
 def test_local_changes_nothing():
