@@ -1,6 +1,5 @@
 """Every normalisation that the trainer can put in a model's place for batch norm, by name."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 from syncbn.trainer.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +57,7 @@ def synchronised(model: nn.Module) -> bool:
 
 def _sync(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
     # That nothing was found is said once, by rank 0's Watch
-    return syncbn.convert(model, fuse=config.fuse, report=lambda told: log.info("norm=sync: %s", told))
+    return syncbn.convert(model, fuse=config.fuse, report=lambda _: None)
 
 
 def _local(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
