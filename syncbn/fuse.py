@@ -108,7 +108,10 @@ def _fuse_module(module: nn.Module, layers: Container[object], tell: Tell) -> No
         made = _Recipe(kind, *_printed(graph), *((old.relus + relus, old.adds + adds) if old else (relus, adds)))
         recipe = made if relus + adds else None
     if recipe is not None:
-        change_class(module, _class(recipe))
+        try:
+            change_class(module, _class(recipe))
+        except TypeError as error:
+            raise Untraceable(f"no class can be derived from its own: {error}") from error
 
 
 # The class of a fused module

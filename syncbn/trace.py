@@ -153,9 +153,8 @@ class _FromInputOnly(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         traced: list[Any] = []
         map_aggregate((args, kwargs or {}), lambda a: traced.append(a) if isinstance(a, _Traced) else None)
-        if func is torch._C._set_grad_enabled:
-            raise Untraceable(_MODE)
-        if not traced:
+        # Of which _modes tells
+        if not traced and func is not torch._C._set_grad_enabled:
             raise Untraceable(f"its forward uses {resolve_name(func) or func} of what is no input of it")
         return func(*args, **kwargs or {})
 
