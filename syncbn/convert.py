@@ -74,7 +74,7 @@ def convert(
     its own (an nn.Sequential looks for pairs as it runs). So do it last, and revert before you change such a module:
     the flags and numbers that its forward read are kept, a ReLU or a shortcut that it gets later has no effect, nor
     has a hook of such a ReLU, and a hook of the layer sees what the ReLU gave. The terms of a fused addition must be
-    of one shape.
+    of one shape; the sum has the dtype of the layer's output.
 
     Args:
         model: any module; a batch norm layer itself converts too.

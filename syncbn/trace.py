@@ -1,13 +1,10 @@
 """One module's own forward as a graph of calls. What torch.fx would silently get wrong, or bake in, is refused."""
 
-import builtins
 import inspect
-import pickle
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ def own_graph(module: nn.Module) -> fx.Graph:
             is then as it was before.
     """
     _check_arguments(module)
+    _check_words(type(module))
     modes = [(m, m.training) for m in module.modules()]
     graphs = []
     try:
@@ -64,20 +62,45 @@ def _check_arguments(module: nn.Module) -> None:
         raise Untraceable("its forward does not take just one argument: a trace cannot tell which may be None")
 
 
+_QUESTIONS: dict[str, str] = dict.fromkeys(
+    ("isinstance", "hasattr", "getattr", "type", "is_tensor"), "asks for the type of a value"
+)
+_QUESTIONS["random"] = "draws random numbers in Python"
+
+
+def _check_words(kind: type[nn.Module]) -> None:
+    """Refuse what a trace would answer once for all, and wrongly: its values are no Tensors yet."""
+    for word in _words(kind.forward, kind, set()):
+        if word in _QUESTIONS:
+            raise Untraceable(f"its forward {_QUESTIONS[word]}")
+
+
+def _words(function: Any, kind: type[nn.Module], seen: set[Any]) -> Iterator[str]:
+    """The names in the code of a function, and of what it calls of its class and its file; not torch's."""
+    function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType) or function in seen or (function.__module__ or "").startswith("torch."):
+        return
+    seen.add(function)
+    codes = [function.__code__]
+    for code in codes:
+        codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        for name in code.co_names:
+            yield name
+            yield from _words(getattr(kind, name, None) or function.__globals__.get(name), kind, seen)
+
+
 def _traced(module: nn.Module) -> fx.Graph:
-    held, generators = _held(module), _generators()
+    held = _held(module)
     try:
-        with _type_questions_refused(), _FromInputOnly():
+        with _FromInputOnly():
             graph = _Tracer().trace(module)
     except Exception as error:
         told = str(error).strip().partition("\n")[0]
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {told}") from error
     finally:
-        changed, drawn = _put_back(held), _wound_back(generators)
+        changed = _put_back(held)
     if changed:
         raise Untraceable("its forward changes attributes")
-    if drawn:
-        raise Untraceable("its forward draws random numbers in Python")
     return graph
 
 
@@ -159,31 +182,6 @@ class _FromInputOnly(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-@contextmanager
-def _type_questions_refused() -> Iterator[None]:
-    """No isinstance or hasattr of a traced value, which is no Tensor yet, but for torch's own."""
-    answers = {name: vars(builtins)[name] for name in ("isinstance", "hasattr")}
-
-    def asking(answer: Any) -> Any:
-        def asked(value: Any, about: Any) -> bool:
-            if type(value) in (_Value, _Attribute) and not _internal(sys._getframe(1)):
-                raise Untraceable("its forward asks for the type of a value")
-            return answer(value, about)
-
-        return asked
-
-    builtins.__dict__.update({name: asking(answer) for name, answer in answers.items()})
-    try:
-        yield
-    finally:
-        builtins.__dict__.update(answers)
-
-
-def _internal(frame: Any) -> bool:
-    """Whether torch itself asks; torch.is_tensor, which anyone may call, is in the module named just torch."""
-    return frame.f_globals.get("__name__", "").startswith(("torch.", __name__))
-
-
 _MODE = "a part of its forward runs under no_grad, autocast or checkpoint, or has a backward of its own"
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
@@ -204,21 +202,6 @@ def _autocast(enabled: bool) -> Iterator[None]:
     finally:
         for device, was in zip(_AUTOCAST, before, strict=True):
             torch.set_autocast_enabled(device, was)
-
-
-def _generators() -> list[tuple[Any, Any, Any]]:
-    """Python's random generators: how to get and set the state of each, and what it is."""
-    numpy = sys.modules.get("numpy")
-    theirs = [(numpy.random.get_state, numpy.random.set_state)] if numpy else []
-    return [(get, put, get()) for get, put in ((random.getstate, random.setstate), *theirs)]
-
-
-def _wound_back(generators: list[tuple[Any, Any, Any]]) -> bool:
-    """Give the generators the states that they had; whether any had moved."""
-    drawn = any(pickle.dumps(get()) != pickle.dumps(state) for get, _, state in generators)
-    for _, put, state in generators:
-        put(state)
-    return drawn
 
 
 def _held(module: nn.Module) -> list[tuple[Any, list[Any]]]:
