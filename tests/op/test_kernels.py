@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from syncbn import kernels
+from syncbn import kernels, sync_batch_norm
 from syncbn.kernels import Affine, eager
 from syncbn.moments import to_row
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
@@ -240,6 +240,20 @@ def test_what_is_not_a_number_is_not_hidden_by_relu(residual):
         assert got[name][:, 1].isfinite().all()
     assert got["var"][0].isnan()
     assert got["var"][1].isfinite()
+
+
+@pytest.mark.parametrize(("relu", "residual", "kept"), [(False, False, "x"), (True, False, "x"), (True, True, "xy")])
+def test_backward_keeps_x_and_y_only_where_the_relu_of_a_sum_needs_it(relu, residual, kept):
+    x = torch.randn(4, 3, 6, device=DEVICE, requires_grad=True)
+    r = torch.randn_like(x) if residual else None
+    saved = []
+    with (
+        patch.object(kernels, "choose", lambda x: triton),
+        torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t),
+    ):
+        y, _ = sync_batch_norm(x, residual=r, activation="relu" if relu else None)
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert large == {t.data_ptr() for t in ([x, y] if kept == "xy" else [x])}
 
 
 def on_triton(rank, *args):
