@@ -177,9 +177,9 @@ def measure(
 
 NAMES = ("cudnn", "torch", "native", "syncbn")
 HEAD = (
-    f"{'shape':<20}{'':>14}{'MB':>7} {'chain':<12}"
+    f"{'shape':<22}{'':>14}{'MB':>7} {'chain':<12}"
     + "".join(f"{name:>9}" for name in NAMES)
-    + f" ms{'quartiles':>17}{'of copy':>9}{'wanted':>7}{'torch/syncbn':>14}{'quartiles':>14}{'wanted':>7}"
+    + f" ms{'quartiles':>18}{'of copy':>9}{'wanted':>7}{'torch/syncbn':>14}{'quartiles':>15}{'wanted':>7}"
     + f"{'error':>9}{'others':>9}"
 )
 
@@ -189,7 +189,7 @@ def line(case: Case, kind: str, times: Times, error: dict[str, float], copy: flo
     size_mb = torch.Size(shape).numel() * dtype.itemsize / 1e6
     middles = {name: timing.quartiles(ms)[1] for name, ms in times.items()}
     low, ours, high = timing.quartiles(times["syncbn"])
-    text = f"{shape!s:<20}{layout:>5} {str(dtype).removeprefix('torch.'):>8}{size_mb:7.1f} {kind:<12}"
+    text = f"{shape!s:<22}{layout:>5} {str(dtype).removeprefix('torch.'):>8}{size_mb:7.1f} {kind:<12}"
     text += "".join(f"{middles[name]:9.3f}" if name in middles else f"{'-':>9}" for name in NAMES)
     text += f"    ({low:7.3f} {high:7.3f})"
     share = "-" if copy is None else f"{FLOORS[kind] * size_mb / ours / copy:.2f}"
@@ -198,6 +198,6 @@ def line(case: Case, kind: str, times: Times, error: dict[str, float], copy: flo
         low, middle, high = timing.ratios(times, "torch", "syncbn")
         text += f"{middle:14.2f} ({low:5.2f} {high:6.2f})"
     else:
-        text += f"{'-':>14}{'':14}"
+        text += f"{'-':>14}{'':15}"
     others = max(value for name, value in error.items() if name != "syncbn")
     return text + f"{WANTED_OF_TORCH.get(kind, '-'):>7}{error['syncbn']:9.1e}{others:9.1e}"

@@ -202,3 +202,49 @@ def test_syncbn_is_as_it_was_after_sending():
     with forced.world_of_one("cpu"):
         assert syncbn.collectives.resolve is not before
     assert syncbn.collectives.resolve is before
+
+
+ROUNDS = {"local": [10.0, 10.0, 20.0], "torch": [12.0, 12.0, 24.0], "syncbn": [10.0, 10.0, 20.0]}
+ROUNDS |= {"fused": [10.5, 10.5, 21.0], "syncbn graph": [10.2, 10.2, 20.4]}
+
+
+def figures(memory_mib):
+    return step.Figures(memory_mib, 900, 0, 106, torch.ones(3))
+
+
+def test_what_is_wanted_stands_beside_what_was_found():
+    counted = {name: figures(100.0 if name == "torch" else 90.0) for name in ROUNDS}
+    lines = step.table(32, ROUNDS, counted).splitlines() + step.verdicts(ROUNDS, counted).splitlines()
+    torchs = next(line for line in lines if line.startswith("torch")).split()
+    assert " ".join(torchs[1:]) == "12.00 ( 12.00 24.00) 2667 1.200 (1.200 1.200) 100 900 0 106 1.0000"
+    assert "wanted: fusion or graph at most 1.03 of local's step; fused: 1.050" in lines
+    assert "wanted: fusion or graph at most 1.03 of local's step; syncbn graph: 1.020" in lines
+    assert "wanted: torch at least 1.15 of ours; of syncbn: 1.20" in lines
+    assert "wanted: memory below torch's, 100 MiB; fused: 90 MiB" in lines
+
+
+def test_times_of_layers_stand_beside_torchs_with_a_relu_where_there_is_one():
+    times = {name: [2.0, 2.0, 4.0] for name in layers.KINDS} | {"syncbn fused ReLU": [1.0, 1.0, 2.0]}
+    lines = layers.table({"host": times, "layer": times}, 20, 8).splitlines()
+    assert len(lines) == 2 * (1 + len(layers.KINDS))
+    assert lines[-1].split()[3:] == ["50.0", "(", "50.0", "100.0)", "0.50", "(", "0.50", "0.50)"]
+
+
+def test_the_share_of_a_copy_is_that_of_the_fewest_passes():
+    # 2 GB in bf16, so 10 of them are 20 GB, and in 10 ms 2 TB/s
+    case, times = ((1000, 100, 100, 100), torch.bfloat16, "NHWC"), {name: [30.0] * 3 for name in op_gpu.NAMES}
+    text = op_gpu.line(case, "BN+add+ReLU", times | {"syncbn": [10.0] * 3}, dict.fromkeys(times, 1e-3), 4000.0)
+    assert " ".join(text.split()[11:]) == "10.000 ( 10.000 10.000) 0.50 0.85 3.00 ( 3.00 3.00) 1.5 1.0e-03 1.0e-03"
+    assert len(text) == len(op_gpu.HEAD)
+
+
+def test_a_contestant_that_fails_is_left_out_with_its_reason(monkeypatch, capsys):
+    def build(contestant, options, images):
+        if contestant.norm == "syncbn":
+            raise RuntimeError("no such kernel\nand more of it")
+        return lambda: None, figures(None)
+
+    monkeypatch.setattr(step, "build", build)
+    times, counted = step.measure(step.arguments(SMALL), 2)
+    assert "syncbn" not in times.keys() | counted.keys()
+    assert capsys.readouterr().out == "syncbn: left out, RuntimeError: no such kernel\n"
