@@ -16,7 +16,7 @@ local's eager step. On a CPU, one thread.
     kernels     kernels, copies and fills that the GPU runs in a step
     waits       of the host for the GPU in a step, told by torch.cuda.set_sync_debug_mode("warn"); wanted of ours: 0
     messages    collectives that a step hands to its process group; a graph replays those that were captured
-    cosine      between the gradient of the first step and that with local
+    cosine      between the first gradient, in float32 and not compiled, and that with local
 
 Then what one layer costs, by itself: `benchmarks.layers`. FILE holds all of it as one JSON object, of which "step_ms",
 images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE` reads.
@@ -75,6 +75,7 @@ class Training:
     def __init__(self, model: nn.Module, images: int, size: int, device: str, compiled: bool = False):
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.parameters = list(model.parameters())
+        self.eager = model
         self.model: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
         generator = torch.Generator(device).manual_seed(1)
@@ -90,8 +91,9 @@ class Training:
         self.optimizer.step()
 
     def gradient(self) -> Tensor:
-        """[all parameters], of the last step, on the CPU."""
-        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).cpu()
+        """[all parameters] of this batch in float32, not compiled, on the CPU."""
+        loss = F.cross_entropy(self.eager(self.x.float()), self.labels)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)]).cpu()
 
 
 def contestants(images: int, compiled: Sequence[int], device: str) -> list[Contestant]:
@@ -108,7 +110,6 @@ def build(contestant: Contestant, options: argparse.Namespace, images: int) -> t
     torch.manual_seed(0)
     model = NORMS[contestant.norm](torchvision.models.get_model(options.model, num_classes=CLASSES))
     training = Training(model.to(device), images, options.size, device, contestant.how == "compile")
-    training()
     gradient = training.gradient()
     for _ in range(WARM_UP):
         training()
