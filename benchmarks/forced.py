@@ -50,8 +50,6 @@ def sending() -> Iterator[None]:
     def resolve(key: str, samples: int = 0) -> Any:
         return own
 
-    # As the one that it stands in for
-    resolve._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     with patch.object(collectives, "resolve", resolve):
         yield
 

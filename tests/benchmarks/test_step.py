@@ -226,7 +226,8 @@ def test_what_is_wanted_stands_beside_what_was_found():
 
 
 def test_times_of_layers_stand_beside_torchs_with_a_relu_where_there_is_one():
-    times = {name: [2.0, 2.0, 4.0] for name in layers.KINDS} | {"syncbn fused ReLU": [1.0, 1.0, 2.0]}
+    times = {name: [2.0, 2.0, 4.0] for name in layers.KINDS}
+    times |= {"torch": [4.0, 4.0, 8.0], "syncbn fused ReLU": [1.0, 1.0, 2.0]}
     lines = layers.table({"host": times, "layer": times}, 20, 8).splitlines()
     assert len(lines) == 2 * (1 + len(layers.KINDS))
     assert lines[-1].split()[3:] == ["50.0", "(", "50.0", "100.0)", "0.50", "(", "0.50", "0.50)"]
