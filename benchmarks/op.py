@@ -1,6 +1,7 @@
 """What the operator costs on a CPU: against F.batch_norm, a detectron2-style formula ("naive"), and over gloo.
 
     python -m benchmarks.op [--json FILE]
+    python -m benchmarks.op --device cuda [--json FILE]        on a GPU: benchmarks/op_gpu.py tells what is printed
 
 The operator's tests run first, and a red one stops it. Every row's contestants take turns, so that a slow minute of the
 machine meets all of them; ratios are of one turn, and their median and quartiles are given. Forward and backward, fp32.
@@ -13,8 +14,6 @@ machine meets all of them; ratios are of one turn, and their median and quartile
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import op_gpu, timing
+from benchmarks.timing import Step, Times
 from syncbn import DesyncMonitor, SyncBatchNorm
 from tests.ranks import run_ranks
 
@@ -37,8 +38,6 @@ SMALL = (4, 16, 8, 8)
 # Without these the time of page faults is what gets measured
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 QUIET = {"KINETO_LOG_LEVEL": "99"}
-
-Step = Callable[[], Any]
 
 
 def naive(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -70,30 +69,13 @@ def layer_step(shape: tuple[int, ...], layout: str, layer: nn.Module | None = No
     return step_of(layer, list(layer.parameters()), shape, layout)
 
 
-def turns(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
-    """ms of each contestant, turn by turn, for about so long."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in [*steps.values()] * 3:
-        step()
-    began = time.perf_counter()
-    for step in steps.values():
-        step()
-    count = max(11, int(seconds / (time.perf_counter() - began)))
-    for _ in range(count):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def alone(shape: tuple[int, ...], layout: str, seconds: float) -> dict[str, list[float]]:
+def alone(shape: tuple[int, ...], layout: str, seconds: float) -> Times:
     torch.set_num_threads(1)
     contestants = {"F.batch_norm": batch_norm_step, "syncbn": layer_step, "naive": naive_step}
-    return turns({name: make(shape, layout) for name, make in contestants.items()}, seconds)
+    return timing.turns({name: make(shape, layout) for name, make in contestants.items()}, seconds)
 
 
-def compiled(shape: tuple[int, ...], layout: str, seconds: float) -> dict[str, list[float]]:
+def compiled(shape: tuple[int, ...], layout: str, seconds: float) -> Times:
     torch.set_num_threads(1)
     torch.compiler.reset()
     ours, torchs = (one(shape[1], track_running_stats=False) for one in (SyncBatchNorm, nn.BatchNorm2d))
@@ -104,10 +86,10 @@ def compiled(shape: tuple[int, ...], layout: str, seconds: float) -> dict[str, l
         "syncbn": layer_step(shape, layout, ours),
         "nn.BatchNorm2d": layer_step(shape, layout, torchs),
     }
-    return turns(steps, seconds)
+    return timing.turns(steps, seconds)
 
 
-def on_rank(rank: int, shape: tuple[int, ...], layout: str, count: int) -> dict[str, list[float]]:
+def on_rank(rank: int, shape: tuple[int, ...], layout: str, count: int) -> Times:
     """As turns, a fixed number of them, as every rank must make as many."""
     torch.set_num_threads(1)
     watched = SyncBatchNorm(shape[1], track_running_stats=False)
@@ -118,7 +100,7 @@ def on_rank(rank: int, shape: tuple[int, ...], layout: str, count: int) -> dict[
         "watched": layer_step(shape, layout, watched),
     }
     with DesyncMonitor(nn.Sequential(watched)):
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        times: Times = {name: [] for name in steps}
         for turn in range(count + 3):
             for name, step in steps.items():
                 torch.distributed.barrier()
@@ -147,23 +129,28 @@ def memory(make: Callable[[tuple[int, ...], str], Step], shape: tuple[int, ...],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="append a JSON line for each row")
-    parser.add_argument("--seconds", type=float, default=8, help="time for each row")
+    parser.add_argument("--seconds", type=float, help="time for each row; without it 8, on a GPU 1")
     parser.add_argument("--compile", action="store_true", help="the table of compiled layers too; needs a C++ compiler")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operator's tests first")
     options = parser.parse_args()
-    environment = {**os.environ, **MALLOC, **QUIET}
-    if environment != os.environ:
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.op", *sys.argv[1:]], environment)
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("there is no GPU")
+    timing.restart_with({**MALLOC, **QUIET}, "benchmarks.op")
     if not options.skip_tests and subprocess.run([sys.executable, "-m", "pytest", "tests/op"]).returncode:
         sys.exit("the operator's tests are red: nothing is measured")
-    before = stolen()
-    print(f"{machine()}; fp32, forward + backward; tests {'skipped' if options.skip_tests else 'green'}")
-    rows = measure(options.seconds, options.compile)
-    print(f"steal meanwhile: {stolen(before):.0%}")
+    before, machine = timing.stolen(), timing.machine(options.device)
+    of = "" if on_gpu else "fp32, "
+    print(f"{machine}; {of}forward + backward; tests {'skipped' if options.skip_tests else 'green'}")
+    rows = op_gpu.report(options.seconds or 1) if on_gpu else measure(options.seconds or 8, options.compile)
+    print(f"steal meanwhile: {timing.stolen(before):.0%}")
     if options.json:
         with options.json.open("a") as file:
-            file.writelines(json.dumps({**row, "machine": machine()}) + "\n" for row in rows)
+            file.writelines(json.dumps({**row, "machine": machine}) + "\n" for row in rows)
+    if any(row.get("wrong") for row in rows):
+        sys.exit("some contestants are WRONG: see above")
 
 
 def measure(seconds: float, with_compiled: bool) -> list[dict[str, Any]]:
@@ -198,35 +185,15 @@ def measure(seconds: float, with_compiled: bool) -> list[dict[str, Any]]:
 HEAD = f"{'F.batch_norm':>14} {'syncbn':>12} {'ratio':>7} {'quartiles':>12}"
 
 
-def line(shape: tuple[int, ...], layout: str, times: dict[str, list[float]]) -> str:
+def line(shape: tuple[int, ...], layout: str, times: Times) -> str:
     theirs, ours = (statistics.median(times[name]) for name in ("F.batch_norm", "syncbn"))
-    low, middle, high = quartiles(times, "syncbn")
+    low, middle, high = timing.ratios(times, "syncbn", "F.batch_norm")
     return f"{shape!s:<34} {layout:<5} {theirs:11.3f} ms {ours:9.3f} ms {middle:7.2f}  ({low:4.2f} {high:4.2f})"
 
 
-def ratio(times: dict[str, list[float]], name: str) -> float:
-    return quartiles(times, name)[1]
-
-
-def quartiles(times: dict[str, list[float]], name: str) -> list[float]:
-    """Of the contestant's time over F.batch_norm's in the same turn."""
-    pairs = zip(times[name], times["F.batch_norm"], strict=True)
-    return statistics.quantiles([mine / theirs for mine, theirs in pairs], n=4)
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def stolen(before: tuple[int, int] | None = None) -> Any:
-    """(steal, all) ticks since the machine started, or the share of steal since before."""
-    if not Path("/proc/stat").exists():
-        return (0, 1) if before is None else 0.0
-    ticks = [int(tick) for tick in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    now = ticks[7], sum(ticks)
-    return now if before is None else (now[0] - before[0]) / max(1, now[1] - before[1])
+def ratio(times: Times, name: str) -> float:
+    """The median of the contestant's time over F.batch_norm's in the same turn."""
+    return timing.ratios(times, name, "F.batch_norm")[1]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,293 @@
+"""What a training step of ResNet-50 costs on a GPU with batch norm of each kind, bf16 and channels_last.
+
+    python -m benchmarks.step [--json FILE]
+    python -m benchmarks.step --device cpu --model resnet18 --images 2 --size 64 --seconds 1
+
+    local   nn.BatchNorm2d          torch   torch.nn.SyncBatchNorm, made to send though alone: benchmarks/forced.py
+    syncbn  syncbn.convert(model)   fused   syncbn.convert(model, fuse=True); both made to send, too
+
+each eager; "graph" is the whole step, SGD included, replayed from a CUDA graph, "compile" is
+torch.compile(fullgraph=True) of the model, at --compile's numbers of images, as it takes its time; it refuses
+torch.nn.SyncBatchNorm, which breaks the graph at every layer. One process, no DDP; autocast, parameters in float32, SGD
+with momentum, one batch of random images that stays in place. Contestants take turns; `of local` is of one turn of
+local's eager step. On a CPU, one thread.
+
+    memory      the most that is allocated in a step, with the model and its optimiser, MiB; of a graph, in its capture
+    kernels     kernels, copies and fills that the GPU runs in a step
+    waits       of the host for the GPU in a step, told by torch.cuda.set_sync_debug_mode("warn"); wanted of ours: 0
+    messages    collectives that a step hands to its process group; a graph replays those that were captured
+    cosine      between the first gradient, in float32 and not compiled, and that with local
+
+Then what one layer costs, by itself: `benchmarks.layers`. FILE holds all of it as one JSON object, of which "step_ms",
+images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE` reads.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn import functional as F
+
+import syncbn
+from benchmarks import forced, layers, timing
+from benchmarks.timing import Step, Times
+
+Convert = Callable[[nn.Module], nn.Module]
+NORMS: dict[str, Convert] = {"local": lambda model: model, "torch": forced.to_torch, "syncbn": syncbn.convert}
+NORMS["fused"] = partial(syncbn.convert, fuse=True)
+CLASSES = 1000
+WARM_UP = 3
+
+
+class Contestant(NamedTuple):
+    norm: str
+    how: str = "eager"
+
+    def __str__(self) -> str:
+        return self.norm if self.how == "eager" else f"{self.norm} {self.how}"
+
+
+class Figures(NamedTuple):
+    """What is counted in one step; None where it cannot be."""
+
+    memory_mib: float | None
+    kernels: int | None
+    waits: int | None
+    messages: int
+    gradient: Tensor
+
+
+class Training:
+    """A model, its batch and its optimiser; calling it is one step."""
+
+    def __init__(self, model: nn.Module, images: int, size: int, device: str, compiled: bool = False):
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.parameters = list(model.parameters())
+        self.eager = model
+        self.model: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self.optimizer = torch.optim.SGD(self.parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+        generator = torch.Generator(device).manual_seed(1)
+        x = torch.randn(images, 3, size, size, device=device, generator=generator)
+        self.x = x.to(torch.bfloat16, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.labels = torch.randint(CLASSES, (images,), device=device, generator=generator)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.x.device.type, torch.bfloat16):
+            y = self.model(self.x)
+        F.cross_entropy(y.float(), self.labels).backward()
+        self.optimizer.step()
+
+    def gradient(self) -> Tensor:
+        """[all parameters] of this batch in float32, not compiled, on the CPU."""
+        loss = F.cross_entropy(self.eager(self.x.float()), self.labels)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)]).cpu()
+
+
+def contestants(images: int, compiled: Sequence[int], device: str) -> list[Contestant]:
+    eager = [Contestant(norm) for norm in NORMS if device == "cuda" or norm != "torch"]
+    graphs = [Contestant(norm, "graph") for norm in NORMS] if device == "cuda" else []
+    return [*eager, *graphs, *([Contestant("syncbn", "compile")] if images in compiled else [])]
+
+
+def build(contestant: Contestant, options: argparse.Namespace, images: int) -> tuple[Step, Figures]:
+    """A contestant's step, warmed up, and what is counted in it."""
+    device, on_gpu = options.device, options.device == "cuda"
+    gc.collect()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    torch.manual_seed(0)
+    model = NORMS[contestant.norm](torchvision.models.get_model(options.model, num_classes=CLASSES))
+    training = Training(model.to(device), images, options.size, device, contestant.how == "compile")
+    gradient = training.gradient()
+    for _ in range(WARM_UP):
+        training()
+    messages = forced.messages(training)
+    if not on_gpu:
+        return training, Figures(None, None, None, messages, gradient)
+    step = training
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    if contestant.how == "graph":
+        step = captured(training)
+    else:
+        step()
+    peak = torch.cuda.max_memory_allocated() - before
+    return step, Figures(peak / 2**20, kernels(step), host_waits(step), messages, gradient)
+
+
+def captured(training: Training) -> Step:
+    """The step as a CUDA graph, made as torch's documentation says: warmed up aside, gradients in the graph's pool."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            training()
+    torch.cuda.current_stream().wait_stream(aside)
+    training.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    graph = torch.cuda.CUDAGraph()
+    # The process group has a thread of its own that asks after events
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        training()
+
+    def replay() -> Training:
+        graph.replay()
+        return training  # whose tensors the graph reads and writes, so they must live as long
+
+    return replay
+
+
+def kernels(step: Step) -> int:
+    """Kernels, copies and fills that the GPU runs in a step."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in profile.events() or ())
+
+
+def host_waits(step: Step) -> int:
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def measure(options: argparse.Namespace, images: int) -> tuple[Times, dict[str, Figures]]:
+    """ms of a step of each contestant, turn by turn, and what was counted in one."""
+    torch.compiler.reset()
+    steps: dict[str, Step] = {}
+    counted: dict[str, Figures] = {}
+    for contestant in contestants(images, options.compile, options.device):
+        name = str(contestant)
+        try:
+            steps[name], counted[name] = build(contestant, options, images)
+        except Exception as error:
+            if name == "local":
+                raise
+            print(f"{name}: left out, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    clock = timing.gpu_clock(5, queued=False) if options.device == "cuda" else timing.host_ms
+    return timing.turns(steps, options.seconds, clock), counted
+
+
+def table(images: int, times: Times, counted: dict[str, Figures]) -> str:
+    lines = [
+        f"{f'{images} images':<16}{'ms':>9} {'quartiles':>17}{'images/s':>10}{'of local':>10} {'quartiles':>13}"
+        f"{'memory':>8}{'kernels':>9}{'waits':>7}{'messages':>10}{'cosine':>8}"
+    ]
+    for name, ms in times.items():
+        low, middle, high = timing.quartiles(ms)
+        ratio_low, ratio, ratio_high = timing.ratios(times, name, "local")
+        memory, kernels, waits, messages, gradient = counted[name]
+        lines.append(
+            f"{name:<16}{middle:9.2f} ({low:7.2f} {high:7.2f}){1e3 * images / middle:10.0f}"
+            f"{ratio:10.3f} ({ratio_low:.3f} {ratio_high:.3f}){'-' if memory is None else round(memory)!s:>8}"
+            f"{shown(kernels):>9}{shown(waits):>7}{messages:10}{cosine(gradient, counted['local'].gradient):8.4f}"
+        )
+    return "\n".join(lines)
+
+
+def shown(count: int | None) -> str:
+    return "-" if count is None else str(count)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return F.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def verdicts(times: Times, counted: dict[str, Figures]) -> str:
+    """What is wanted at 32 images, and what was found."""
+    lines = []
+    for name in times:
+        if name in ("fused", "syncbn graph", "fused graph"):
+            of = f"{timing.ratios(times, name, 'local')[1]:.3f}"
+            lines.append(f"wanted: fusion or graph at most 1.03 of local's step; {name}: {of}")
+        if name in ("syncbn", "fused") and "torch" in times:
+            lines.append(
+                f"wanted: torch at least 1.15 of ours; of {name}: {timing.ratios(times, 'torch', name)[1]:.2f}"
+            )
+            ours, theirs = counted[name].memory_mib, counted["torch"].memory_mib
+            if ours and theirs:
+                lines.append(f"wanted: memory below torch's, {theirs:.0f} MiB; {name}: {ours:.0f} MiB")
+    return "\n".join(lines)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", default="resnet50", help="of torchvision")
+    parser.add_argument("--images", type=int, nargs="+", default=[2, 8, 32], help="in a batch, for a table each")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--seconds", type=float, default=8, help="time for each table's turns")
+    parser.add_argument(
+        "--compile", type=int, nargs="*", default=None, help="numbers of images to compile for; GPU: 32"
+    )
+    parser.add_argument("--layer-images", type=int, default=8, help="of the tables of layers")
+    parser.add_argument("--json", type=Path, help="write all figures to this file, after every table")
+    options = parser.parse_args(given)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU: give --device cpu, and a small model and size")
+    if options.compile is None:
+        options.compile = [32] if options.device == "cuda" else []
+    return options
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments(given)
+    torch.backends.cudnn.benchmark = True
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    before = timing.stolen()
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    found: dict[str, Any] = {"step_ms": {}, "machine": timing.machine(options.device), "options": told, "steps": {}}
+    print(f"{found['machine']}\n{options.model}, {options.size} pixels, bf16, channels_last")
+    if options.device == "cpu":
+        print("torch: left out, torch.nn.SyncBatchNorm refuses CPU tensors; graph: left out, it needs a GPU")
+    if not FUSES:
+        print("fused: left out, this syncbn.convert has no fuse")
+    with forced.world_of_one(options.device):
+        if options.device == "cuda":
+            # What cuBLAS and cuDNN keep from their first step is no contestant's memory
+            build(Contestant("local"), options, options.images[0])
+        for images in options.images:
+            times, counted = measure(options, images)
+            print(f"\n{table(images, times, counted)}", flush=True)
+            if images == 32:
+                print(verdicts(times, counted))
+            found["step_ms"][str(images)] = timing.quartiles(times["local"])[1]
+            found["steps"][str(images)] = {name: row(times[name], counted[name], counted["local"]) for name in times}
+            keep(found, options.json)
+        tables = layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
+    count = len(layers.shapes(options.model, options.layer_images, options.size))
+    print(f"\n{layers.table(tables, count, options.layer_images)}\nsteal meanwhile: {timing.stolen(before):.0%}")
+    keep(found | {"layers": {"count": count, "images": options.layer_images, "ms_of_all": tables}}, options.json)
+
+
+def row(ms: list[float], figures: Figures, local: Figures) -> dict[str, Any]:
+    counts = {name: value for name, value in figures._asdict().items() if name != "gradient"}
+    return {"ms": ms, **counts, "cosine": cosine(figures.gradient, local.gradient)}
+
+
+def keep(found: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    timing.restart_with({"KINETO_LOG_LEVEL": "99"}, "benchmarks.step")
+    main()
