@@ -24,7 +24,6 @@ images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE
 
 import argparse
 import gc
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -258,8 +257,6 @@ def main(given: Sequence[str] | None = None) -> None:
     print(f"{found['machine']}\n{options.model}, {options.size} pixels, bf16, channels_last")
     if options.device == "cpu":
         print("torch: left out, torch.nn.SyncBatchNorm refuses CPU tensors; graph: left out, it needs a GPU")
-    if not FUSES:
-        print("fused: left out, this syncbn.convert has no fuse")
     with forced.world_of_one(options.device):
         if options.device == "cuda":
             # What cuBLAS and cuDNN keep from their first step is no contestant's memory

@@ -117,7 +117,7 @@ def test_a_small_run_prints_every_table_and_writes_what_the_model_of_scale_reads
     found = json.loads(file.read_text())
     assert scale.read_steps(file).keys() == {2}
     rows = found["steps"]["2"]
-    ours = ["syncbn", "fused"] if step.FUSES else ["syncbn"]
+    ours = ["syncbn", "fused"]
     assert {name: row["messages"] for name, row in rows.items()} == {"local": 0} | dict.fromkeys(ours, 40)
     assert rows["local"]["cosine"] == pytest.approx(1)
     assert all(rows[name]["cosine"] > 0.999 for name in ours)

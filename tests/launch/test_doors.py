@@ -230,6 +230,7 @@ def test_a_failure_of_wandb_is_reported_and_training_goes_on(tmp_path):
     assert len(figures(tmp_path / "online")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -273,6 +273,7 @@ def test_ranks_on_triton_equal_the_whole_batch(split, reduction):
     assert_close(joined(ranks), whole_batch(layer, x, dy), **EXACT)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu_without_spilling_and_reads_16_bytes_at_a_time():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1"}
     command = [sys.executable, "-m", "tests.op.compile_kernels", "90"]
