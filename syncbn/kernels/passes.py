@@ -1,4 +1,4 @@
-"""What runs on the device, in Triton: the passes over x and the steps over channels. triton.py launches it.
+"""The passes over x, in Triton, as they run on the device; triton.py launches them.
 
 A tensor lies in memory as [N, C, S], and a tile of it is [BN, BC, BS]; t counts tiles along N and S, and each program
 has one block of BC channels. V is the dtype that values are computed in, INT that of offsets. What is None is left out.
@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _channels(C, BC: tl.constexpr):
+def channels(C, BC: tl.constexpr):
     """This program's number among those of its block of channels; the channels."""
     blocks = tl.cdiv(C, BC)
     return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -55,7 +55,7 @@ def _affine(mean, invstd, weight, bias, c, C, V: tl.constexpr):
 
 
 @triton.jit
-def _store_moments(out, c, C, count, mean, m2, MESSAGE: tl.constexpr):
+def store_moments(out, c, C, count, mean, m2, MESSAGE: tl.constexpr):
     """As moments.to_message or moments.to_row has it."""
     total = count * mean
     tl.store(out + c, total if MESSAGE else mean, c < C)
@@ -81,7 +81,7 @@ def moments(
     INT: tl.constexpr,
 ):
     """rows [G * parts, 2C + 1]: the moments of every parts-th tile of each of the G tensors [N, C, S] in x."""
-    row, c = _channels(C, BC)
+    row, c = channels(C, BC)
     x += (row // parts).to(tl.int64) * N * C * S
     tiles, t = tl.cdiv(N, BN) * tl.cdiv(S, BS), row % parts
     offsets, inside, place, here = _tile(t, c, N, C, S, BN, BS, INT)
@@ -114,79 +114,7 @@ def moments(
     offset = _sum(total) / tl.maximum(count, 1.0)
     mean = tl.where(count > 0, pivot.to(tl.float64) + offset, 0.0)
     m2 = _sum(squares) - offset * offset * count
-    _store_moments(rows + row * (2 * C + 1), c, C, count, mean, tl.where(m2 < 0, 0.0, m2), MESSAGE)
-
-
-@triton.jit
-def merge(
-    rows,
-    out,
-    invstd,
-    C,
-    R,
-    eps: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    SUMMED: tl.constexpr,
-    MESSAGE: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """out [2C + 1]: what R rows [R, 2C + 1] are together (Chan et al.), or what a sum of messages holds; invstd [C]."""
-    _, c = _channels(C, BC)
-    if SUMMED:
-        count = tl.load(rows + 2 * C)
-        mean = tl.load(rows + c, c < C, 0.0) / tl.maximum(count, 1.0)
-        m2 = tl.load(rows + C + c, c < C, 0.0) - count * mean * mean
-        m2 = tl.where(m2 < 0, 0.0, m2)
-    else:
-        count = tl.zeros([], tl.float64)
-        mean, m2 = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
-        for start in range(0, R, BR):
-            r = start + tl.arange(0, BR)
-            row, inside = rows + r[:, None] * (2 * C + 1), (r < R)[:, None] & (c < C)[None, :]
-            n = tl.load(row + 2 * C, (r < R)[:, None], 0.0)
-            means, m2s = tl.load(row + c[None, :], inside, 0.0), tl.load(row + C + c[None, :], inside, 0.0)
-            more = tl.sum(n)
-            mean_of_more = tl.sum(n * means, 0) / tl.maximum(more, 1.0)
-            apart = means - mean_of_more[None, :]
-            share, delta = more / tl.maximum(count + more, 1.0), mean_of_more - mean
-            m2 += tl.sum(m2s + n * apart * apart, 0) + delta * delta * count * share
-            mean += delta * share
-            count += more
-    _store_moments(out, c, C, count, mean, m2, MESSAGE)
-    if invstd is not None:
-        tl.store(invstd + c, 1 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps), c < C)
-
-
-@triton.jit
-def update_running(
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    count,
-    mean,
-    m2,
-    C,
-    momentum: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    CUMULATIVE: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """As moments.update_running; one program, or the number of batches would be read and written at once."""
-    n, batches = tl.load(count), tl.load(num_batches_tracked)
-    seen = n > 0
-    batches += seen.to(tl.int64)
-    rate = 1 / tl.maximum(batches.to(tl.float64), 1.0) if CUMULATIVE else tl.full([], momentum, tl.float64)
-    step = tl.where(seen, rate, 0.0)
-    tl.debug_barrier()
-    tl.store(num_batches_tracked, batches)
-    for start in range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        old_mean, old_var = tl.load(running_mean + c, c < C), tl.load(running_var + c, c < C)
-        new_mean, new_var = tl.load(mean + c, c < C), tl.load(m2 + c, c < C) / tl.maximum(n - 1, 1.0)
-        # An empty batch leaves them as they were, even what is not finite
-        moved_mean = tl.where(seen, old_mean + step * (new_mean - old_mean), old_mean)
-        moved_var = tl.where(seen, old_var + step * (new_var - old_var), old_var)
-        tl.store(running_mean + c, moved_mean, c < C)
-        tl.store(running_var + c, moved_var, c < C)
+    store_moments(rows + row * (2 * C + 1), c, C, count, mean, tl.where(m2 < 0, 0.0, m2), MESSAGE)
 
 
 @triton.jit
@@ -222,7 +150,7 @@ def normalize(
 
 
 @triton.jit
-def _store_sums(sums, dweight, dbias, c, C, total, dot, V: tl.constexpr):
+def store_sums(sums, dweight, dbias, c, C, total, dot, V: tl.constexpr):
     tl.store(sums + c, total, c < C)
     tl.store(sums + C + c, dot, c < C)
     if dweight is not None:
@@ -256,7 +184,7 @@ def grad_sums(
     INT: tl.constexpr,
 ):
     """rows [parts, 2C]: [sum g | sum g * xhat] of every parts-th tile; g = dy where relu let x through, stored if y."""
-    row, c = _channels(C, BC)
+    row, c = channels(C, BC)
     pivot, scale, shift, rest = _affine(mean, invstd, weight, bias, c, C, V)
     total, dot = tl.zeros([BN, BC, BS], V), tl.zeros([BN, BC, BS], V)
     for t in range(row, tl.cdiv(N, BN) * tl.cdiv(S, BS), parts):
@@ -272,21 +200,7 @@ def grad_sums(
         dot += past * centred
     sum_g, factor = _sum(total), tl.load(invstd + c, c < C, 0.0)
     dot_xhat = (_sum(dot) + tl.sum(tl.sum(rest, 2), 0).to(tl.float64) * sum_g) * factor
-    _store_sums(rows + row * (2 * C), dweight, dbias, c, C, sum_g, dot_xhat, V)
-
-
-@triton.jit
-def add_sums(rows, sums, dweight, dbias, C, R, V: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """sums [2C] of rows [R, 2C]."""
-    _, c = _channels(C, BC)
-    total, dot = tl.zeros([BR, BC], tl.float64), tl.zeros([BR, BC], tl.float64)
-    for start in range(0, R, BR):
-        r = start + tl.arange(0, BR)
-        inside = (r < R)[:, None] & (c < C)[None, :]
-        offsets = r[:, None] * (2 * C) + c[None, :]
-        total += tl.load(rows + offsets, inside, 0.0)
-        dot += tl.load(rows + C + offsets, inside, 0.0)
-    _store_sums(sums, dweight, dbias, c, C, tl.sum(total, 0), tl.sum(dot, 0), V)
+    store_sums(rows + row * (2 * C), dweight, dbias, c, C, sum_g, dot_xhat, V)
 
 
 @triton.jit

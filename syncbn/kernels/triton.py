@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from syncbn.kernels import passes
+from syncbn.kernels import passes, steps
 from syncbn.kernels.contract import Affine, Form, Local, Sums
 from syncbn.moments import Moments
 
@@ -64,7 +64,7 @@ def update_running(
     momentum: float | None,
 ) -> None:
     _launch(
-        passes.update_running,
+        steps.update_running,
         running_mean,
         1,
         running_mean,
@@ -104,7 +104,7 @@ def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     if plan.parts > 1:
         sums = rows.new_empty(2 * channels)
         step = (channels, plan.parts, plan.tile[0], _rows_at_a_time(plan.parts), _COLUMNS)
-        _launch(passes.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
+        _launch(steps.add_sums, x, triton.cdiv(channels, _COLUMNS), rows, sums, dweight, dbias, *step)
     return Sums(sums, dweight, dbias, dy if g is None else g)
 
 
@@ -126,8 +126,8 @@ def _merged(rows: Tensor, message: bool) -> Tensor:
 
 def _merge(rows: Tensor, out: Tensor, invstd: Tensor | None, eps: float, *, summed: bool, message: bool) -> None:
     channels, count = rows.size(-1) // 2, 1 if summed else len(rows)
-    steps = (eps, summed, message, _rows_at_a_time(count), _COLUMNS)
-    _launch(passes.merge, rows, triton.cdiv(channels, _COLUMNS), rows, out, invstd, channels, count, *steps)
+    inputs = (rows, out, invstd, channels, count, eps, summed, message)
+    _launch(steps.merge, rows, triton.cdiv(channels, _COLUMNS), *inputs, _rows_at_a_time(count), _COLUMNS)
 
 
 def _rows_at_a_time(count: int) -> int:
