@@ -84,13 +84,14 @@ def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: None) ->
     x, plan = _planned(x)
     y = torch.empty_like(x)
     residual = None if residual is None else _laid_out_as(x, residual)
-    _launch(passes.normalize, x, plan.tiles, x, residual, y, *affine[:4], *plan.layout, affine.relu, *plan.tile)
+    _launch(passes.normalize, x, plan.tiles, x, residual, y, *_vectors(affine), *plan.layout, affine.relu, *plan.tile)
     return y
 
 
 def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     channels = x.size(1)
-    dweight, dbias = (None if t is None else torch.empty_like(t) for t in (affine.weight, affine.bias))
+    parameters = affine.weight, affine.bias
+    dweight, dbias = (None if t is None else torch.empty(channels, dtype=t.dtype, device=t.device) for t in parameters)
     if x.numel() == 0:
         return Sums(x.new_zeros(2 * channels, dtype=torch.float64), _zeroed(dweight), _zeroed(dbias), dy)
     x, plan = _planned(x)
@@ -98,7 +99,7 @@ def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     g = None if y is None else torch.empty_like(dy)
     rows = torch.empty((plan.parts, 2 * channels), dtype=torch.float64, device=x.device)
     gradients = (dweight, dbias) if plan.parts == 1 else (None, None)
-    inputs = (dy, x, y, g, rows, *gradients, *affine[:4], *plan.layout, plan.parts, affine.relu)
+    inputs = (dy, x, y, g, rows, *gradients, *_vectors(affine), *plan.layout, plan.parts, affine.relu)
     _launch(passes.grad_sums, x, plan.parts * plan.blocks, *inputs, *plan.tile)
     sums = rows[0]
     if plan.parts > 1:
@@ -113,9 +114,15 @@ def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor
         return torch.empty_like(x)
     x, plan = _planned(x)
     dx = torch.empty_like(x)
-    inputs = (_laid_out_as(x, g), x, _of_places(mask, x), dx, *affine[:4], sums, count)
+    inputs = (_laid_out_as(x, g), x, _of_places(mask, x), dx, *_vectors(affine), sums, count)
     _launch(passes.grad_input, x, plan.tiles, *inputs, *plan.layout, affine.relu, *plan.tile)
     return dx
+
+
+def _vectors(affine: Affine) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """mean, invstd, weight and bias; the last two may come with gaps."""
+    mean, invstd, weight, bias, _ = affine
+    return mean, invstd, None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _merged(rows: Tensor, message: bool) -> Tensor:
