@@ -106,6 +106,7 @@ def test_torchs_conversion_makes_layers_that_send():
     assert [type(layer) for layer in (model[0], model[1][0])] == [forced.TorchSyncBatchNorm] * 2
 
 
+@pytest.mark.slow
 def test_a_small_run_prints_every_table_and_writes_what_the_model_of_scale_reads(tmp_path, capsys):
     file = tmp_path / "step.json"
 

@@ -142,6 +142,7 @@ def test_help_under_torchrun_leaves_nobody_waiting():
     assert done.stdout.count("Usage: python train.py") == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_folder_per_point(tmp_path):
     done = run(PYTHON, "-m", "seed=0,1", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -193,6 +194,7 @@ def test_a_diverging_run_stops_everywhere_and_keeps_the_last_good_state(tmp_path
     assert f"at step {state['step'] + 1}" in line or f"at step {state['step'] + 2}" in line
 
 
+@pytest.mark.slow
 def test_a_graph_break_ends_the_run_in_one_line(tmp_path):
     done = run(PYTHON, "train.compile=true", "model.name=tests.launch.nets:Branching", *SHORT, root=tmp_path)
     assert done.returncode == 2
