@@ -123,7 +123,7 @@ def seeded(rank, xs, rs, masks):
     return layer(xs[rank], rs[rank], masks[rank]), plain(xs[rank], mask=masks[rank]) + rs[rank]
 
 
-def both_orders(x, r, weight, bias):
+def normalised(x, r, weight, bias):
     return sync_batch_norm(x, weight, bias, residual=r, activation="relu", eps=0.01)[0]
 
 
@@ -137,8 +137,8 @@ def checked_numerically(rank):
     x, r = (torch.randn(3, 2, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
     weight, bias = (torch.rand(2, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
     # Every rank the same batch: then a rank's share of a gradient is that of the whole, over their number
-    first = torch.autograd.gradcheck(lambda r: both_orders(x, r, weight, bias), (r,))
-    y = both_orders(x, r, weight, bias)
+    first = torch.autograd.gradcheck(lambda r: normalised(x, r, weight, bias), (r,))
+    y = normalised(x, r, weight, bias)
     (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     second = torch.autograd.grad(dx.square().sum(), (x, r, weight))
     whole = [t.detach().clone().requires_grad_() for t in (x, r, weight)]

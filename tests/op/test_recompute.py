@@ -27,7 +27,11 @@ class Segments(nn.Module):
     def forward(self, x):
         x = run(self.outer, lambda x: self.a(self.convs[0](self.a(x).relu())).relu(), x)
         x = run(self.outer, lambda x: self.b(self.convs[1](x)).sigmoid(), x)
-        return run(self.outer, lambda x: run(self.inner, lambda x: self.c(self.a(self.convs[2](x))).relu(), x), x)
+        return run(
+            self.outer,
+            lambda x: run(self.inner, lambda x: self.c(self.a(self.convs[2](x)), x, activation="relu"), x),
+            x,
+        )
 
 
 def run(kind, block, x):
