@@ -1,18 +1,32 @@
 """Synchronised batch norm as one function: the kernels of this rank, one message to the others, each way."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from syncbn import collectives, kernels
 from syncbn.collectives import Exchange, Group, Reduction
-from syncbn.kernels import Affine
+from syncbn.kernels import Affine, Form
 from syncbn.moments import Moments, merge, to_row
 from syncbn.recompute import Recall
 
 Activation = Literal["relu"] | None
+
+
+class Observer(Protocol):
+    """Somebody who looks at what a layer's batch was, on this rank and in its group.
+
+    per_image: whether to measure what differs between images.
+    observe: is given kernels.Local's packed and between_images, and the Moments of the whole batch. It may be compiled,
+        and must not wait for the device.
+    """
+
+    per_image: bool
+
+    def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None: ...
+
 
 # An input that needs a gradient whatever the others do, so that backward, and its collective, runs on every rank
 _ANCHOR = torch.zeros(0, device="cpu", requires_grad=True)
@@ -68,7 +82,8 @@ def sync_batch_norm(
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
     exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
     relu = checked(activation) == "relu"
-    return batch_norm(x, weight, bias, mask, residual, eps, relu, x.size(1) if x.dim() > 1 else 0, exchange, None)
+    channels = x.size(1) if x.dim() > 1 else 0
+    return batch_norm(x, weight, bias, mask, residual, eps, relu, channels, exchange, None, None)
 
 
 def checked(activation: Activation) -> Activation:
@@ -89,8 +104,9 @@ def batch_norm(
     channels: int,
     exchange: Exchange,
     recall: Recall | None,
+    observer: Observer | None,
 ) -> tuple[Tensor, Moments]:
-    """sync_batch_norm for a layer of `channels`, which knows its peers and may recall what they said."""
+    """sync_batch_norm for a layer of `channels`, which knows its peers, may recall what they said and be observed."""
     try:
         mask = _checked(x, weight, bias, mask, residual, channels)
     except (TypeError, ValueError):
@@ -98,24 +114,26 @@ def batch_norm(
         raise
     residual = None if residual is None else residual.to(x.dtype)
     anchor = None if exchange.group is None else _ANCHOR
-    y, *moments = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall)
+    y, *moments = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall, observer)
     return y, Moments(*moments)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall):
-        kernel = kernels.choose(x)
-        local = kernel.moments(x, mask, collectives.form(exchange))
-        if recall is None:
-            shared = collectives.share_moments(local.packed, exchange)
-        elif recall.due():
+    def forward(ctx, x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall, observer):
+        kernel, form = kernels.choose(x), collectives.form(exchange)
+        local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
+        if recall is not None and recall.due():
             shared = recall.find(local.packed)
         else:
-            shared = collectives.share_moments(local.packed.clone(), exchange)
-            recall.keep(local.packed, shared, ctx)
+            kept = recall is not None or observer is not None
+            shared = collectives.share_moments(local.packed.clone() if kept else local.packed, exchange)
+            if recall is not None:
+                recall.keep(local.packed, shared, ctx)
         moments, invstd = kernel.statistics(shared, eps)
         _check_count(moments.count, x, mask)
+        if observer is not None:
+            observer.observe(local.packed, form, local.between_images, moments)
         affine = Affine(moments.mean, invstd, weight, bias, relu)
         y = kernel.normalize(x, affine, residual, local.work)
         ctx.needs_y = relu and (kernel.NEEDS_Y or residual is not None)
@@ -128,7 +146,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, dy, *_):
         x, mean, invstd, weight, bias, count, mask, y = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_backward_to_differentiate(ctx, dy), *[None] * 6
+            return *_backward_to_differentiate(ctx, dy), *[None] * 7
         kernel, affine = kernels.choose(x), Affine(mean, invstd, weight, bias, ctx.relu)
         packed, dweight, dbias, g = kernel.grad_sums(dy, x, affine, y)
         # Whatever this rank needs of it, its peers need its part
@@ -137,7 +155,7 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             past_relu = affine if y is None else affine._replace(relu=False)
             dx = kernel.grad_input(g, x, past_relu, sums, count, mask)
-        return dx, dweight, dbias, g if ctx.added else None, *[None] * 6
+        return dx, dweight, dbias, g if ctx.added else None, *[None] * 7
 
 
 def _backward_to_differentiate(ctx, dy):

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import collectives, functional, kernels, recompute
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
-from syncbn.functional import Activation
+from syncbn.functional import Activation, Observer
 from syncbn.moments import Moments
 
 
@@ -46,6 +46,7 @@ class SyncBatchNorm(_BatchNorm):
     activation: Activation = None
     reduction: Reduction = "all_reduce"
     witness: Witness | None = None
+    observer: Observer | None = None
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_features,
             exchange,
             recall,
+            None if recomputing else self.observer,
         )
         if not recomputing:
             self._update_running(x, moments)
@@ -189,7 +191,7 @@ class SyncBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}{activation}, group={vars(self)['_spec']!r}{reduction}"
 
 
-OF_THIS_PROCESS = ("_recall", "_has_peers", "witness")
+OF_THIS_PROCESS = ("_recall", "_has_peers", "witness", "observer")
 _RUNNING = ("running_mean", "running_var")
 _PRECISE = (torch.float32, torch.float64)
 

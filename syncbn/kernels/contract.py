@@ -29,12 +29,13 @@ class Local(NamedTuple):
 
     packed: [2C + 1], see moments.to_message and moments.to_row.
     work: for the normalize of the same x, which may overwrite it; None will do.
-    image_means: [N, C] float64, of the elements under the mask (0 for an image without any); only if asked for.
+    between_images: [C + 1] float64, Σ_i n_i (mean_i - mean)² over images, and how many images hold a value; only if
+        asked for.
     """
 
     packed: Tensor
     work: Any = None
-    image_means: Tensor | None = None
+    between_images: Tensor | None = None
 
 
 class Affine(NamedTuple):

@@ -27,9 +27,8 @@ NEEDS_Y = True
 
 
 def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:
-    local, work = _moments(x, mask)
-    packed = to_message(local) if form == "message" else to_row(local)
-    return Local(packed, work, _image_means(x, mask) if per_image else None)
+    local, work, between_images = _moments(x, mask, per_image)
+    return Local(to_message(local) if form == "message" else to_row(local), work, between_images)
 
 
 def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
@@ -92,31 +91,45 @@ def as_sums(packed: Tensor, affine: Affine, g: Tensor) -> Sums:
     return Sums(packed, dweight, None if affine.bias is None else dbias.to(affine.bias.dtype), g)
 
 
-def _moments(x: Tensor, mask: Tensor | None) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
+def _moments(
+    x: Tensor, mask: Tensor | None, per_image: bool
+) -> tuple[Moments, tuple[Tensor, Tensor] | None, Tensor | None]:
     channels, size = x.size(1), x.numel() // x.size(1)
     if size == 0:
-        return Moments(*(x.new_zeros(shape, dtype=torch.float64) for shape in ((), channels, channels))), None
+        local = Moments(*(x.new_zeros(shape, dtype=torch.float64) for shape in ((), channels, channels)))
+        return local, None, x.new_zeros(channels + 1, dtype=torch.float64) if per_image else None
     count, pivot = _count(x, mask), _pivot(x, mask)
     if _is_half(x):
         work = None
-        pieces = [_squares(_masked(part.float().sub_(_per_channel(pivot, x)), m)) for part, m in _blocks(x, mask)]
-        total, squares = torch.stack(pieces).sum(0)
+        blocks = ((part.float().sub_(_per_channel(pivot, x)), m) for part, m in _blocks(x, mask))
+        pieces = [_sums_of_block(_masked(part, m), per_image) for part, m in blocks]
+        (total, squares), images = torch.stack([sums for sums, _ in pieces]).sum(0), torch.cat([t for _, t in pieces])
     else:
         centred = _masked(x - _per_channel(pivot, x), mask)
         # Compiled, nothing is gained by it
         work = (centred, pivot) if mask is None and not torch.compiler.is_compiling() else None
-        total, squares = _squares(centred)
+        (total, squares), images = _sums_of_block(centred, per_image)
     offset = total / count.clamp(min=1)
-    return Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1).clamp_(min=0)), work
+    moments = Moments(count, pivot + offset, torch.addcmul(squares, total, offset, value=-1).clamp_(min=0))
+    return moments, work, _between_images(images, x, mask) if per_image else None
 
 
-def _image_means(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, C] float64."""
+def _sums_of_block(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
+    """[2, C] float64, sum x and sum x²; [N, C], sum x of each image, if asked for."""
     dims = list(range(2, x.dim()))
-    here = torch.ones_like(x[:, :1]) if mask is None else mask.expand_as(x[:, :1])
-    counts = here.sum(dims, dtype=torch.float64) if dims else here.double()
-    values = _masked(x, mask)
-    return (values.sum(dims, dtype=torch.float64) if dims else values.double()) / counts.clamp(min=1)
+    return _squares(x), (x.sum(dims) if dims else x) if per_image else x.new_empty(0)
+
+
+def _between_images(totals: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Local.between_images, of the sums [N, C] over x less a pivot."""
+    totals = totals.double()
+    if mask is None:
+        counts = torch.full_like(totals[:, :1], x[0, 0].numel())
+    else:
+        counts = mask.expand_as(x[:, :1]).flatten(1).sum(1, dtype=torch.float64).unsqueeze(1)
+    whole = totals.sum(0).square() / counts.sum().clamp(min=1)
+    apart = (totals.square() / counts.clamp(min=1)).sum(0) - whole
+    return torch.cat([apart.clamp_(min=0), (counts > 0).sum(0, dtype=torch.float64)])
 
 
 def _normalized(x: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -1,7 +1,7 @@
 """torch's own kernels for SyncBatchNorm on CUDA devices, for where Triton is missing.
 
 They read and write as little as Triton's, but take mean and invstd in float32, so y loses log10(|mean| / sqrt(var)) of
-its 7 digits. What they cannot do, masks and means of images, is eager's.
+its 7 digits. What they cannot do, masks and what differs between images, is eager's.
 """
 
 import torch

@@ -47,6 +47,33 @@ def merge(
 
 
 @triton.jit
+def between_images(rows, out, C, N, P, BR: tl.constexpr, BC: tl.constexpr):
+    """out [C + 1]: Local.between_images, of N images in P rows each, [N, P, 2C + 1]."""
+    _, c = channels(C, BC)
+    count, holding = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    mean, apart = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
+    for start in range(0, N, BR):
+        i = start + tl.arange(0, BR)
+        n, total = tl.zeros([BR], tl.float64), tl.zeros([BR, BC], tl.float64)
+        for part in range(P):
+            row, inside = rows + (i * P + part)[:, None] * (2 * C + 1), (i < N)[:, None]
+            values = tl.load(row + 2 * C, inside, 0.0)
+            n += tl.sum(values, 1)
+            total += values * tl.load(row + c[None, :], inside & (c < C)[None, :], 0.0)
+        more = tl.sum(n)
+        mean_of_more = tl.sum(total, 0) / tl.maximum(more, 1.0)
+        distance = total / tl.maximum(n, 1.0)[:, None] - mean_of_more[None, :]
+        share, delta = more / tl.maximum(count + more, 1.0), mean_of_more - mean
+        apart += tl.sum(n[:, None] * distance * distance, 0) + delta * delta * count * share
+        mean += delta * share
+        count += more
+        holding += tl.sum(tl.where(n > 0, 1.0, 0.0).to(tl.float64))
+    tl.store(out + c, apart, c < C)
+    # Every block of channels writes the same number
+    tl.store(out + C, holding)
+
+
+@triton.jit
 def update_running(
     running_mean,
     running_var,

@@ -36,8 +36,8 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
     images = x.size(0) if per_image else 1
     message = form == "message"
     if x.numel() == 0:
-        means = x.new_zeros(images, x.size(1), dtype=torch.float64) if per_image else None
-        return Local(x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64), None, means)
+        nothing = x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64)
+        return Local(nothing, None, nothing[: x.size(1) + 1] if per_image else None)
     x, plan = _planned(x, images)
     count = images * plan.parts
     rows = torch.empty((count, 2 * x.size(1) + 1), dtype=torch.float64, device=x.device)
@@ -45,7 +45,7 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
     inputs = (x, _of_places(mask, x), rows, *plan.layout, plan.parts, message and final)
     _launch(passes.moments, x, count * plan.blocks, *inputs, *plan.tile)
     packed = rows[0] if final else _merged(rows, message)
-    return Local(packed, None, _image_means(rows.view(images, plan.parts, -1)) if per_image else None)
+    return Local(packed, None, _between_images(rows, images, plan.parts) if per_image else None)
 
 
 def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
@@ -141,10 +141,12 @@ def _rows_at_a_time(count: int) -> int:
     return next(rows for rows in (1, 16, 256) if rows >= min(count, 256))
 
 
-def _image_means(rows: Tensor) -> Tensor:
-    """[N, C] of [N, parts, 2C + 1]."""
-    counts, means = rows[..., -1:], rows[..., : rows.size(-1) // 2]
-    return (counts * means).sum(1) / counts.sum(1).clamp(min=1)
+def _between_images(rows: Tensor, images: int, parts: int) -> Tensor:
+    channels = rows.size(1) // 2
+    apart = rows.new_empty(channels + 1)
+    inputs = (rows, apart, channels, images, parts)
+    _launch(steps.between_images, rows, triton.cdiv(channels, _COLUMNS), *inputs, _rows_at_a_time(images), _COLUMNS)
+    return apart
 
 
 class _Plan(NamedTuple):

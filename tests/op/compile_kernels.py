@@ -56,6 +56,7 @@ if __name__ == "__main__":
             case = inputs((32, 64, 28, 28), dtype, **CASES[name])
             case["x"] = case["x"].contiguous(memory_format=memory_format)
             step(kernels, **case)
+    kernels._between_images(torch.zeros(64, 129, dtype=torch.float64), 32, 2)
     buffers = torch.zeros(64), torch.ones(64), torch.tensor(0)
     moments, _ = kernels.statistics(torch.zeros(300, 129, dtype=torch.float64), 0.1)
     kernels.update_running(*buffers, moments, 0.1)

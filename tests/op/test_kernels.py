@@ -77,7 +77,7 @@ def step(kernel, x, dy, weight, bias, residual, mask, relu, form="message"):
     past_relu = affine._replace(relu=relu and not needs_y)
     dx = kernel.grad_input(sums.g, x, past_relu, sums.packed, moments.count, mask)
     found = {
-        "image_means": local.image_means,
+        "between_images": local.between_images,
         "mean": moments.mean,
         "var": moments.var,
         "count": moments.count,
@@ -102,11 +102,31 @@ def assert_steps_agree(got, want, relative):
     """Within relative times the largest element, or times 1, as gradients are differences of such numbers."""
     assert got.keys() == want.keys()
     for name in got:
-        assert got[name].dtype == torch.float64 or name not in ("mean", "var", "count", "invstd", "image_means", "sums")
+        exact = "mean", "var", "count", "invstd", "between_images", "sums"
+        assert got[name].dtype == torch.float64 or name not in exact
         largest = max([1.0, *want[name].abs().flatten().tolist()])
         assert_close(
             got[name].double(), want[name], rtol=0, atol=relative * largest, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (1, 3, 2, 2), (70, 3, 40, 40)], ids=str)
+def test_what_differs_between_images(shape, dtype, masked):
+    x = inputs(shape, dtype)["x"].cpu()
+    mask = torch.rand(shape[0], 1, *shape[2:]) < (0.5 if masked else 2)
+    mask[0] = not masked  # an image without any value
+    values, here = (t.double().unsqueeze(-1).flatten(2) for t in (x, mask))
+    counts = here.sum(2)
+    means = (values * here).sum(2) / counts.clamp(min=1)
+    mean = (counts * means).sum(0) / counts.sum(0).clamp(min=1)
+
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)) if x.dim() == 4 else (x,):
+        *apart, images = eager.moments(laid_out, mask if masked else None, "row", per_image=True).between_images
+
+        assert_close(torch.stack(apart), (counts * (means - mean).square()).sum(0), rtol=1e-4, atol=1e-5)
+        assert images == (counts > 0).sum()
 
 
 @pytest.mark.parametrize("case", ["plain", "residual+relu", "mask"])
