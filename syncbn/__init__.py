@@ -3,6 +3,7 @@
 from syncbn.collectives import Group, Reduction
 from syncbn.convert import Conversion, convert, revert
 from syncbn.desync import DesyncError, DesyncMonitor
+from syncbn.drift import DriftMonitor
 from syncbn.functional import sync_batch_norm
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import SyncBatchNorm
@@ -13,6 +14,7 @@ __all__ = [
     "Conversion",
     "DesyncError",
     "DesyncMonitor",
+    "DriftMonitor",
     "Group",
     "LazySyncBatchNorm",
     "Moments",

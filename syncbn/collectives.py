@@ -194,6 +194,15 @@ def gather_rows(row: Tensor, group: ProcessGroup | None) -> Tensor:
     return rows.view(group.size(), -1).cpu()
 
 
+def sum_rows(row: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over ranks of each one's row, of any shape, where it lies; for log time."""
+    if group is None:
+        return row
+    sent = row.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
+    dist.all_reduce(sent, group=group)
+    return sent.to(row.device)
+
+
 def everyone() -> ProcessGroup | None:
     """The default group, for what is not a layer's message: those have the operator's own, and never meet it."""
     return dist.group.WORLD if available() else None

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from syncbn.kernels.contract import Affine, Form, Local, Sums
 from syncbn.moments import Moments, to_message, to_row, unpack, update_running
@@ -122,11 +123,11 @@ def _sums_of_block(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
 
 def _between_images(totals: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """Local.between_images, of the sums [N, C] over x less a pivot."""
+    images, size = len(totals), x.numel() // totals.numel()
     totals = totals.double()
     if mask is None:
-        counts = torch.full_like(totals[:, :1], x[0, 0].numel())
-    else:
-        counts = mask.expand_as(x[:, :1]).flatten(1).sum(1, dtype=torch.float64).unsqueeze(1)
+        return F.pad(totals.var(0, correction=0).mul_(images / size), (0, 1), value=images)
+    counts = mask.expand_as(x[:, :1]).flatten(1).sum(1, dtype=torch.float64).unsqueeze(1)
     whole = totals.sum(0).square() / counts.sum().clamp(min=1)
     apart = (totals.square() / counts.clamp(min=1)).sum(0) - whole
     return torch.cat([apart.clamp_(min=0), (counts > 0).sum(0, dtype=torch.float64)])

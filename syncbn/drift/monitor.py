@@ -1,0 +1,282 @@
+"""Collect from all ranks, at log time, what layers saw, and judge it."""
+
+import logging
+import math
+from collections import deque
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from syncbn import collectives
+from syncbn.drift import verdicts
+from syncbn.drift.figures import Traits, apart, chance, figures
+from syncbn.drift.observer import LocalObserver, Observer, observed, prints
+from syncbn.drift.statistics import Layers, Sums
+from syncbn.drift.verdicts import Evidence, Verdict
+from syncbn.module import SyncBatchNorm
+
+Level = Literal["rank", "image"]
+
+log = logging.getLogger("syncbn")
+
+
+class Reading(NamedTuple):
+    """What `DriftMonitor.read` found, over the last readings together; the same on every rank.
+
+    layers: by layer, the figures that are defined: see DriftMonitor.
+    rank_z: by layer, how far each rank stands apart for long, as a multiple of chance: 1 is chance.
+    verdicts: what is wrong, the weightiest first; none is ok.
+    """
+
+    layers: dict[str, dict[str, float]]
+    rank_z: dict[str, list[float]]
+    verdicts: list[Verdict]
+
+
+class _Window(NamedTuple):
+    """Packed Sums since the reading before, this rank's and those of all; of these, figures, and MSB of layers, [L]."""
+
+    mine: Tensor
+    whole: Tensor
+    figures: dict[str, Tensor]
+    between_ranks: Tensor
+
+
+class DriftMonitor:
+    """Measure how far apart the ranks' statistics are, layer by layer, and say so if it is more than chance.
+
+        monitor = DriftMonitor(model)
+        for step, batch in enumerate(batches, start=1):
+            ...                                    # forward, backward, optimiser, as ever
+            if step % 10 == 0:
+                reading = monitor.read()           # on every rank
+                print([verdict.text for verdict in reading.verdicts] or "ok")
+
+    A rank knows its own moments and, by the message that SyncBatchNorm sends anyway, those of the whole batch. What is
+    left to be told is a sum over ranks, which may as well be added up over steps first, on the device. So messages do
+    not grow, no step has one more, and the host waits in `read` alone. A layer that does not synchronise (nn.BatchNorm)
+    is watched in the first 8 forwards after each reading.
+
+    Figures of a layer, over the last `horizon` readings:
+        f, icc: F = MSB / MSI between ranks and between their images, and the intraclass correlation; 1 and 0 by chance.
+            With level "image", of layers whose first dimension is that of the batch, and two images on some rank.
+        n_eff: independent values per channel that the batch is worth which it normalises by; the variance of such a
+            batch is on average (1 - 1 / n_eff) of the true one. n_eff_synced: what it would be if it synchronised.
+        dmean_z, dlogvar_z: mean and ln variance of batches against the running ones, as multiples of chance (root mean
+            square over channels); lag, lag_logvar: the same in standard deviations and in nats.
+        kl: mean KL of the ranks' Gaussians from the whole batch's, in nats; of small batches mostly noise.
+        dead, eps_dominated: channels that are constant; whose variance is below eps.
+        conditioning: the largest |mean| / sqrt(var + eps) of a channel.
+
+    Verdicts hold for the number of layers, channels and ranks (Bonferroni). But for diverged buffers, a matter of bits,
+    they come from the third reading on, and the one reading that speaks most for a verdict does not count.
+
+    Args:
+        model: holds the layers to watch. If there are none, it says so, and reads nothing.
+        level: "rank", or "image", which also measures what differs between images: on a CPU one more pass over x.
+        alpha: the chance of a false alarm that is taken at each reading.
+        horizon: readings that are judged together, 3 or more.
+
+    Raises:
+        ValueError: level, alpha or horizon is none of these; a layer is observed already, or has no channels yet; the
+            ranks' models or levels differ (the same on every rank).
+
+    Collective: every rank opens it, and reads it at the same steps. Opening sends a small message. Reading sends, over
+    the default process group, 11 C + 8 float64 for each layer in one all_reduce, and 6 in one all_gather; for layers
+    that do not synchronise, 8 (2 C + 1) in one all_reduce more.
+
+    Source: docs/math.md, "Drift".
+    """
+
+    def __init__(self, model: nn.Module, *, level: Level = "image", alpha: float = 1e-3, horizon: int = 10):
+        _check(level, alpha, horizon)
+        self._modules, self._everyone = observed(model), collectives.everyone()
+        self._level, self._alpha = level, alpha
+        self._ranks = 1 if self._everyone is None else self._everyone.size()
+        self._agree()
+        self._layers = Layers([layer.num_features for layer in self._modules.values()])
+        self._observers: list[Observer | LocalObserver] = []
+        for layer in self._modules.values():
+            synced = isinstance(layer, SyncBatchNorm)
+            self._observers.append((Observer if synced else LocalObserver)(layer, level == "image"))
+        self._windows: deque[_Window] = deque(maxlen=horizon)
+        self._hidden: set[str] = set()
+        if not self._modules:
+            self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
+
+    def read(self) -> Reading:
+        """The figures and verdicts of now. It waits for the device, once. Collective: see DriftMonitor."""
+        if not self._modules:
+            return Reading({}, {}, [])
+        mine, marks = self._collect()
+        whole = collectives.sum_rows(mine, self._everyone)
+        layers = self._layers
+        broken = torch.zeros(len(layers.channels)).index_add_(0, layers.of_all, (~whole.isfinite()).float()) > 0
+        mine, whole = (t.masked_fill(broken[layers.of_all], 0.0) for t in (mine, whole))
+        sums = self._seen(whole)
+        alone = figures(sums, layers, self._traits(), self._ranks, 1)
+        between_ranks = (layers.total(sums.between_ranks) / sums.rank_freedom).nan_to_num(0)
+        self._windows.append(_Window(mine, whole, alone, between_ranks))
+        return self._judge(marks)
+
+    def close(self) -> None:
+        """Observe no more."""
+        for observer in self._observers:
+            observer.close()
+
+    def __enter__(self) -> "DriftMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _collect(self) -> tuple[Tensor, Tensor]:
+        """This rank's packed Sums, and marks [L, 2] int64 of its running statistics; on the CPU, by one copy."""
+        local = [one for one in self._observers if isinstance(one, LocalObserver)]
+        if local:
+            messages = [one.messages() for one in local]
+            together = collectives.sum_rows(torch.cat([m.flatten() for m in messages]), self._everyone)
+            for one, m, summed in zip(local, messages, together.split([m.numel() for m in messages]), strict=True):
+                one.compare_with(summed.view_as(m))
+        read = [one.read() for one in self._observers]
+        marks = torch.stack([prints(layer) for layer in self._modules.values()])
+        packed = torch.cat([self._layers.pack(read), marks.flatten().view(torch.float64)]).cpu()
+        sums, marks = packed.split([packed.numel() - marks.numel(), marks.numel()])
+        return sums, marks.view(torch.int64).view(-1, 2)
+
+    def _judge(self, marks: Tensor) -> Reading:
+        layers, windows = self._layers, list(self._windows)
+        mine, whole = (torch.stack([getattr(one, name) for one in windows]) for name in ("mine", "whole"))
+        now, ours = self._seen(whole.sum(0)), self._seen(mine.sum(0))
+        found = figures(now, layers, self._traits(), self._ranks, len(windows))
+        calm = self._without_strongest()
+        likely = chance(self._seen((mine * calm).sum(0)), self._seen((whole * calm).sum(0)), layers)
+        # What is tested: F of each layer, and the offset of each rank there
+        tests = math.log(2 * len(layers.channels))
+        row = torch.stack([*apart(ours, now, layers), likely.offset + tests + math.log(self._ranks), self._groups(now)])
+        row = torch.cat([row, marks.T.contiguous().view(torch.float64)])
+        rows = collectives.gather_rows(row.flatten(), self._everyone).view(-1, 6, len(layers.channels))
+        z, sizes, offset_chance, groups = rows[:, :4].unbind(1)
+        evidence = [
+            Evidence(*one)
+            for one in zip(
+                self._modules,
+                _by_layer(found),
+                _by_layer(self._typical()),
+                self._traits().synced.tolist(),
+                (likely.between_ranks + tests).tolist(),
+                offset_chance.T.tolist(),
+                sizes.T.tolist(),
+                strict=True,
+            )
+        ]
+        wrong = self._diverged(rows[:, 4:].contiguous().view(torch.int64), groups)
+        if len(windows) >= _ENOUGH:
+            shards = verdicts.shards_differ(evidence, self._alpha)
+            wrong += [shards, verdicts.running_statistics_lag(evidence), verdicts.batch_too_small(evidence)]
+        by_layer = {one.layer: dict(one.figures) for one in evidence}
+        return Reading(by_layer, dict(zip(self._modules, z.T.tolist(), strict=True)), [one for one in wrong if one])
+
+    def _seen(self, packed: Tensor) -> Sums:
+        """The Sums, without what images say in layers whose first dimension is not that of the batch."""
+        sums = self._layers.unpack(packed)
+        images = (sums.images / sums.forwards).round(decimals=6)
+        ran = sums.forwards > 0
+        usual = images[ran].mode().values if ran.any() else 0.0
+        hidden = ran & (images != usual)
+        for name in [name for name, off in zip(self._modules, hidden.tolist(), strict=True) if off]:
+            if name not in self._hidden:
+                self._hidden.add(name)
+                self._say(
+                    f"{name} does not see the batch's images as other layers do (a reshape?): f and icc need them, so "
+                    "it is judged by what differs between ranks alone"
+                )
+        of_channel = hidden[self._layers.of]
+        return sums._replace(
+            between_images=sums.between_images.masked_fill(of_channel, 0.0),
+            image_freedom=sums.image_freedom.masked_fill(hidden, 0.0),
+        )
+
+    def _without_strongest(self) -> Tensor:
+        """[H, n] 0 where a layer's ranks differ most of H windows, 1 elsewhere; of less than three, nothing but 0."""
+        between_ranks = torch.stack([one.between_ranks for one in self._windows])
+        kept = torch.full_like(between_ranks, float(len(between_ranks) >= _ENOUGH))
+        return kept.scatter_(0, between_ranks.argmax(0, keepdim=True), 0.0)[:, self._layers.of_all]
+
+    def _typical(self) -> dict[str, Tensor]:
+        names = "n_eff", "lag", "lag_logvar"
+        return {name: torch.stack([one.figures[name] for one in self._windows]).nanmedian(0).values for name in names}
+
+    def _traits(self) -> Traits:
+        modules = self._modules.values()
+        momentum = [
+            1 / max(1.0, float(m.num_batches_tracked or 0)) if m.momentum is None else m.momentum for m in modules
+        ]
+        return Traits(
+            torch.tensor([isinstance(m, SyncBatchNorm | nn.SyncBatchNorm) for m in modules]),
+            torch.tensor([m.running_mean is not None for m in modules]),
+            torch.tensor(momentum, dtype=torch.float64),
+            torch.tensor([m.eps for m in modules], dtype=torch.float64),
+        )
+
+    def _groups(self, sums: Sums) -> Tensor:
+        """[L] a number for the ranks that have this one's running statistics; NaN if there are none."""
+        groups = []
+        for layer, ran in zip(self._modules.values(), (sums.forwards > 0).tolist(), strict=True):
+            synced = ran and isinstance(layer, SyncBatchNorm) and layer.running_mean is not None
+            group = collectives.resolve(vars(layer)["_spec"].key) if synced else None
+            groups.append(math.nan if group is None else float(collectives.ranks_of(group)[0]))
+        return torch.tensor(groups, dtype=torch.float64)
+
+    def _diverged(self, marks: Tensor, groups: Tensor) -> list[Verdict | None]:
+        """The first layer whose running statistics differ. marks: [W, 2, L]; groups: [W, L]."""
+        for n, layer in enumerate(self._modules):
+            for which, buffer in enumerate(("running_mean", "running_var")):
+                for group in sorted(set(groups[groups[:, n].isfinite(), n].tolist())):
+                    in_group = (groups[:, n] == group).tolist()
+                    held = [mark if g else None for mark, g in zip(marks[:, which, n].tolist(), in_group, strict=True)]
+                    verdict = verdicts.buffers_diverged(buffer, held, layer)
+                    if verdict:
+                        return [verdict]
+        return []
+
+    def _agree(self) -> None:
+        """ValueError, on every rank, if ranks watch different layers or one of them cannot be watched."""
+        mine = [f"{name} of {layer.num_features} channels" for name, layer in self._modules.items()]
+        taken = [name for name, layer in self._modules.items() if getattr(layer, "observer", None) is not None]
+        told = collectives.gather_objects((self._level, mine, taken), self._everyone)
+        for rank, (level, theirs, theirs_taken) in enumerate(told):
+            if level != told[0][0]:
+                raise ValueError(f"level is {level!r} on rank {rank} and {told[0][0]!r} on rank 0: it must be the same")
+            if theirs != told[0][1]:
+                differ = sorted(set(theirs) ^ set(told[0][1])) or ["their order"]
+                raise ValueError(f"the models of rank {rank} and rank 0 hold different layers: {differ[0]}")
+            if theirs_taken:
+                raise ValueError(f"{theirs_taken[0]} is observed already on rank {rank}: close its monitor first")
+        for name, layer in self._modules.items():
+            if layer.num_features == 0:
+                raise ValueError(f"{name} has no channels yet: run one forward before it is watched")
+
+    def _say(self, text: str) -> None:
+        if self._everyone is None or self._everyone.rank() == 0:
+            log.warning(text)
+
+
+# Readings of which one may be out of the ordinary
+_ENOUGH = 3
+
+
+def _check(level: str, alpha: float, horizon: int) -> None:
+    if level not in ("rank", "image"):
+        raise ValueError(f"level is {level!r}: it must be 'rank' or 'image'; for none, open no monitor")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}: it must be a probability between 0 and 1")
+    if horizon < _ENOUGH:
+        raise ValueError(f"horizon is {horizon}: it must be {_ENOUGH} readings or more, as one alone never counts")
+
+
+def _by_layer(figures: dict[str, Tensor]) -> list[dict[str, float]]:
+    """A dict for each layer, without what is undefined."""
+    rows = zip(*(values.tolist() for values in figures.values()), strict=True)
+    return [{name: v for name, v in zip(figures, row, strict=True) if math.isfinite(v)} for row in rows]

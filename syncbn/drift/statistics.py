@@ -1,0 +1,271 @@
+"""What the figures of drift mean: sums over forwards, figures out of sums, and how far chance alone would bring them.
+
+Everything is per channel, in float64, and pure. Names as in docs/math.md, "Drift".
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.moments import Moments
+
+
+class Sums(NamedTuple):
+    """Sums over the forwards of layers on one rank; added over ranks, those of all. C: the channels of all L layers.
+
+    v is 1 / running_var, so that channels and steps of unlike scale weigh alike; n counts values, r is this rank. What
+    is of a layer, the last eight, is [L], or, as the formulas below want it, [C] too.
+
+    offset: [C] Σ √(v n_r) (mean_r - mean), where a rank stands apart for long.
+    between_ranks: [C] Σ v n_r (mean_r - mean)².
+    between_images: [C] Σ v Σ_i n_i (mean_i - mean_r)², over the images i of this rank.
+    total: [C] Σ v m2, of the whole batch.
+    kl: [C] Σ (n_r / n) ½ ln(var / var_r); over ranks, the mean KL of their Gaussians from the whole batch's, in nats.
+    shift, shift2: [C] Σ d and Σ d², d = (mean - running_mean) / √running_var.
+    ratio, ratio2: [C] Σ l and Σ l², l = ln(var / running_var).
+    mean, var: [C] Σ mean and Σ var, of the whole batch.
+    forwards: [L] those in which the whole batch held a value.
+    share: [L] Σ n_r / n; over ranks, the forwards of all groups.
+    rank_freedom: [L] Σ (1 - n_r / n), over ranks the degrees of freedom of between_ranks, Σ (ranks with values - 1).
+    image_freedom: [L] Σ (images - 1), those of between_images.
+    spread: [L] Σ images (1 - n_r / n); over rank_freedom, the images of a rank, as an analysis of variance counts them.
+    images, values: [L] Σ images and Σ n_r. whole_values: [L] Σ n.
+    """
+
+    offset: Tensor
+    between_ranks: Tensor
+    between_images: Tensor
+    total: Tensor
+    kl: Tensor
+    shift: Tensor
+    shift2: Tensor
+    ratio: Tensor
+    ratio2: Tensor
+    mean: Tensor
+    var: Tensor
+    forwards: Tensor
+    share: Tensor
+    rank_freedom: Tensor
+    image_freedom: Tensor
+    spread: Tensor
+    images: Tensor
+    values: Tensor
+    whole_values: Tensor
+
+    def packed(self) -> Tensor:
+        """All of it, one after the other."""
+        return torch.cat(self)
+
+
+LAYER = 8  # of a layer, not of a channel
+CHANNEL = len(Sums._fields) - LAYER
+
+
+class Layers:
+    """Where among C channels those of L layers lie.
+
+    channels: of each layer.
+    of: [C] the layer of each channel. of_all: the layer of each number in the packed Sums of all layers together.
+    """
+
+    def __init__(self, channels: Sequence[int]):
+        self.channels = list(channels)
+        self.of = torch.repeat_interleave(torch.tensor(self.channels))
+        self.of_all = torch.cat([self.of.repeat(CHANNEL), torch.arange(len(self.channels)).repeat(LAYER)])
+        lengths = [CHANNEL * n + LAYER for n in self.channels]
+        places = [place.split([len(place) - LAYER, LAYER]) for place in torch.arange(sum(lengths)).split(lengths)]
+        by_channel = torch.cat([place.view(CHANNEL, -1) for place, _ in places], dim=1)
+        by_layer = torch.stack([place for _, place in places], dim=1)
+        self._order = torch.cat([by_channel.flatten(), by_layer.flatten()])
+
+    def pack(self, packed: Sequence[Tensor]) -> Tensor:
+        """The packed Sums of all layers together, of those of each."""
+        return torch.cat(list(packed))[self._order.to(packed[0].device)]
+
+    def unpack(self, packed: Tensor) -> Sums:
+        """Sums of [C] and [L]."""
+        by_channel, by_layer = packed.split([CHANNEL * len(self.of), LAYER * len(self.channels)])
+        return Sums(*by_channel.view(CHANNEL, -1), *by_layer.view(LAYER, -1))
+
+    def by_channel(self, sums: Sums) -> Sums:
+        """Everything as [C]."""
+        return Sums(*sums[:CHANNEL], *(t[self.of] for t in sums[CHANNEL:]))
+
+    def by_layer(self, sums: Sums) -> Sums:
+        """Everything as [L], each layer as if its channels were one."""
+        return Sums(*(self.total(t) for t in sums[:CHANNEL]), *sums[CHANNEL:])
+
+    def total(self, values: Tensor) -> Tensor:
+        """[L] the sums over the channels of each layer."""
+        return values.new_zeros(len(self.channels)).index_add_(0, self.of, values)
+
+    def most(self, values: Tensor) -> Tensor:
+        """[L] the largest of each layer's; what is NaN counts as 0."""
+        zeros = values.new_zeros(len(self.channels))
+        return zeros.scatter_reduce_(0, self.of, values.nan_to_num(0, posinf=1e12), "amax")
+
+
+class Running(NamedTuple):
+    """The running statistics before each forward, [K, C]."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def add_up(
+    local: Moments,
+    whole: Moments,
+    between_images: Tensor,
+    images: Tensor,
+    tracked: Moments,
+    running: Running,
+    scale: Tensor,
+    eps: float,
+) -> Sums:
+    """The Sums of K forwards.
+
+    Args:
+        local, whole: Moments of this rank and of all that it is compared with, count [K, 1], mean and m2 [K, C].
+        between_images: [K, C], and images, [K, 1]: as in kernels.Local.
+        tracked: the moments that the running statistics follow: whole's, or where nothing is synchronised local's.
+        running: what they were before.
+        scale: v, [K, C] or [C]; the same on every rank.
+        eps: the layer's, which keeps constants from being divided by 0.
+    """
+    share = local.count / whole.count.clamp(min=1)
+    apart = local.mean - whole.mean
+    here, seen = (local.count > 0).double(), (whole.count > 0).double()
+    known = (tracked.count > 0).double()
+    shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
+    ratio = known * ((tracked.unbiased_var + eps) / (running.var + eps)).log()
+    freedom = here - share
+    terms = (
+        (scale * local.count).sqrt() * apart,
+        scale * local.count * apart.square(),
+        scale * between_images,
+        scale * whole.m2,
+        share * 0.5 * ((whole.var + eps) / (local.var + eps)).log(),
+        shift,
+        shift.square(),
+        ratio,
+        ratio.square(),
+        seen * whole.mean,
+        whole.var,
+        seen,
+        share,
+        freedom,
+        (images - 1).clamp(min=0),
+        images * freedom,
+        images,
+        local.count,
+        whole.count,
+    )
+    return Sums(*(term.sum(0) for term in terms))
+
+
+def f_ratio(sums: Sums) -> Tensor:
+    """[C] F = MSB / MSI, the mean squares between ranks and between the images of a rank; 1 if ranks differ by chance.
+
+    Under chance it follows F(rank_freedom, image_freedom): of T forwards, W ranks and B images a rank,
+    F(T (W - 1), T W (B - 1)). NaN where no rank has two images.
+
+    Source: Fisher 1925, the analysis of variance in one way.
+    """
+    return (sums.between_ranks / sums.rank_freedom) / (sums.between_images / sums.image_freedom)
+
+
+def intraclass_correlation(sums: Sums) -> Tensor:
+    """[C] ICC = (F - 1) / (F - 1 + B): the share of the variance between images that lies between ranks; 0 by chance.
+
+    Source: Fisher 1925; for ranks of unlike size B is as in Donner 1986, "A review of inference procedures for the
+    intraclass correlation coefficient in the one-way random effects model".
+    """
+    above = f_ratio(sums) - 1
+    return above / (above + sums.spread / sums.rank_freedom)
+
+
+def effective_size(sums: Sums) -> Tensor:
+    """[C] n_eff, the number of independent values that the whole batch is worth: var(mean) = σ² / n_eff.
+
+    With the design effect D = (mean square between images) / σ² it is n / D; as a batch's variance is on average
+    σ² (1 - 1 / n_eff), that is 1 + m2 / (mean square between images).
+
+    Source: Kish 1965, "Survey Sampling", section 8.2.
+    """
+    mean_square = (sums.between_ranks + sums.between_images) / (sums.rank_freedom + sums.image_freedom)
+    return 1 + sums.total / sums.forwards / mean_square
+
+
+def offset_t(mine: Sums, whole: Sums) -> Tensor:
+    """[C] how far this rank stands apart from the others for long, as a Student t of rank_freedom - 1 degrees.
+
+    By chance the offsets of all ranks and forwards are a vector of rank_freedom normal numbers, of which mine.offset is
+    a projection: r² = offset² / (mine.rank_freedom · between_ranks) follows Beta(1/2, (rank_freedom - 1) / 2). It asks
+    for no images: of one a rank it works as well.
+    """
+    r2 = mine.offset.square() / (mine.rank_freedom * whole.between_ranks)
+    # One forward of two ranks has r² = 1 always
+    r2 = r2.clamp(max=1)
+    return mine.offset.sign() * (r2 * (whole.rank_freedom - 1).clamp(min=0) / (1 - r2)).sqrt()
+
+
+def offset_size(mine: Sums, whole: Sums) -> Tensor:
+    """[C] mean_r - mean over all forwards, in standard deviations of an image's mean."""
+    mean_square = (whole.between_ranks + whole.between_images) / (whole.rank_freedom + whole.image_freedom)
+    return mine.offset / mine.forwards / (mean_square * mine.images / mine.forwards).sqrt()
+
+
+def lag_z(mean: Tensor, mean_square: Tensor, forwards: Tensor, runs: Tensor, momentum: Tensor) -> Tensor:
+    """[C] the mean of d over forwards, in standard deviations of what it would be were all batches of one source.
+
+    Then d = m_t - µ_(t-1), with µ the exponential average of the m before, has the variance 2 s² / (2 - momentum),
+    where s² is that of m, and its mean over T forwards in a row, which is (µ_T - µ_0) / (momentum T), has
+    2 s² (1 - (1 - momentum)^T) / (momentum (2 - momentum) T²). s² is taken from the scatter of d. NaN for T = 1.
+
+    Args:
+        mean, mean_square: [C] of d over all the forwards.
+        forwards: T, in a row; runs: how many such rows there are; momentum: of the running statistics. [C] or [] each.
+    """
+    of_one = 2 / (2 - momentum)
+    of_all = of_one * (1 - (1 - momentum) ** forwards) / (momentum * forwards.square()) / runs
+    noise = (mean_square - mean.square()).clamp(min=0) / (of_one - of_all)
+    return torch.where(forwards > 1, mean / (noise * of_all).sqrt(), torch.nan)
+
+
+def log_f_tail(f: Tensor, between: Tensor, within: Tensor) -> Tensor:
+    """ln P(F > f) for F of (between, within) degrees of freedom; of a Student t, f = t² with between = 1 is |t|'s.
+
+    NaN where f or a degree of freedom is no positive number.
+    """
+    f, between, within = torch.broadcast_tensors(*(t.double() for t in (f, between, within)))
+    good = (f >= 0) & (between > 0) & (within > 0) & f.isfinite()
+    a, b = (torch.where(good, t, 1.0) / 2 for t in (within, between))
+    x = a / (a + b * torch.where(good, f, 1.0))
+    # The continued fraction is quick below the mean
+    swap = x > (a + 1) / (a + b + 2)
+    small = _log_incomplete_beta(torch.where(swap, b, a), torch.where(swap, a, b), torch.where(swap, 1 - x, x))
+    return torch.where(good, torch.where(swap, torch.log1p(-small.exp()), small), torch.nan)
+
+
+def _log_incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """ln I_x(a, b), regularised. Source: DLMF 8.17.22, evaluated as Lentz 1976 does."""
+    tiny = 1e-300
+    c, d = torch.ones_like(x), 1 / _away_from_0(1 - (a + b) * x / (a + 1), tiny)
+    h = d
+    for m in range(1, 20_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in even, odd:
+            d = 1 / _away_from_0(1 + term * d, tiny)
+            c = _away_from_0(1 + term / c, tiny)
+            h = h * c * d
+        if m % 8 == 0 and ((c * d - 1).abs() < 1e-13).all():
+            break
+    front = torch.xlogy(a, x) + b * torch.log1p(-x) - a.log()
+    return front + torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b) + h.log()
+
+
+def _away_from_0(v: Tensor, tiny: float) -> Tensor:
+    return torch.where(v.abs() < tiny, tiny, v)

@@ -1,0 +1,112 @@
+"""What the figures amount to, in words."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+# Independent values of which a batch's variance is half again too large or small: sqrt(2 / 16) is a third
+SMALL_BATCH = 16.0
+# How far batches lie from the running statistics: in standard deviations, and in nats of variance, ln 2
+LAG, LAG_LOGVAR = 0.5, 0.7
+# Differences between ranks that are smaller harm nobody, however sure they are: ICC, standard deviations of an image
+SMALL_ICC, SMALL_OFFSET = 0.01, 0.5
+# So many ranks are listed
+_MANY = 8
+
+
+class Verdict(NamedTuple):
+    """Something that is wrong.
+
+    kind: "buffers diverged", "shards differ", "running statistics lag" or "batch too small", in order of weight.
+    text: the kind and its evidence.
+    layer: where it is worst. rank: which one stands apart, if it is one.
+    """
+
+    kind: str
+    text: str
+    layer: str
+    rank: int | None = None
+
+
+class Evidence(NamedTuple):
+    """What is known of one layer.
+
+    figures: over all windows; see DriftMonitor. typical: the median of windows.
+    synced: whether it normalises by all ranks' batches.
+    log_chance: ln of how likely chance alone is to have ranks differ so, without the window that speaks most for it,
+        and corrected for all that is tested. log_chance_of_ranks: the same for each rank to stand apart.
+    offsets: of each rank, in standard deviations of an image.
+    """
+
+    layer: str
+    figures: Mapping[str, float]
+    typical: Mapping[str, float]
+    synced: bool
+    log_chance: float
+    log_chance_of_ranks: Sequence[float]
+    offsets: Sequence[float]
+
+
+def buffers_diverged(buffer: str, prints: Sequence[object], layer: str) -> Verdict | None:
+    """prints: of each rank's buffer, equal if and only if the buffers are; None of ranks that do not share it."""
+    camps = Counter(one for one in prints if one is not None).most_common()
+    if len(camps) < 2:
+        return None
+    # Between two camps of one size nobody can tell
+    trusted = camps[0][0] if camps[0][1] > camps[1][1] else None
+    off = [rank for rank, one in enumerate(prints) if one is not None and one != trusted]
+    return Verdict("buffers diverged", f"buffers diverged ({layer}.{buffer} of {_listed(off)})", layer, off[0])
+
+
+def shards_differ(layers: Sequence[Evidence], alpha: float) -> Verdict | None:
+    """alpha: the chance of a false alarm that is taken."""
+    sure = math.log(alpha)
+    apart = [one for one in layers if one.log_chance < sure and one.figures.get("icc", 0) > SMALL_ICC]
+    # The two ranks of a pair stand apart from each other alike
+    ranks = [
+        (offset, rank, one)
+        for one in layers
+        for rank, (offset, chance) in enumerate(zip(one.offsets, one.log_chance_of_ranks, strict=True))
+        if chance < sure and offset > SMALL_OFFSET
+    ]
+    furthest = max(ranks, key=lambda found: found[0], default=None)
+    if not apart and furthest is None:
+        return None
+    rank = furthest[1] if furthest and len(layers[0].offsets) > 2 else None
+    if apart:
+        layer = max(apart, key=lambda one: one.figures["icc"])
+        found = f"ICC {layer.figures['icc']:.2f} at {layer.layer}"
+    else:
+        offset, _, layer = furthest  # pyright: ignore[reportGeneralTypeIssues]
+        found = f"offset {offset:.1f} σ at {layer.layer}"
+    named = "" if rank is None else f", rank {rank}"
+    return Verdict("shards differ", f"shards differ ({found}{named})", layer.layer, rank)
+
+
+def running_statistics_lag(layers: Sequence[Evidence]) -> Verdict | None:
+    def lag(one: Evidence) -> float:
+        return max(one.typical.get("lag", 0) / LAG, one.typical.get("lag_logvar", 0) / LAG_LOGVAR)
+
+    worst = max(layers, key=lag)
+    if lag(worst) < 1:
+        return None
+    found = (
+        f"mean {worst.typical['lag']:.1f} σ, variance × {math.exp(worst.typical['lag_logvar']):.1f} at {worst.layer}"
+    )
+    return Verdict("running statistics lag", f"running statistics lag ({found})", worst.layer)
+
+
+def batch_too_small(layers: Sequence[Evidence]) -> Verdict | None:
+    small = [one for one in layers if one.typical.get("n_eff", SMALL_BATCH) < SMALL_BATCH]
+    if not small:
+        return None
+    worst = min(small, key=lambda one: one.typical["n_eff"])
+    mend = "more images a rank or more ranks" if worst.synced else "use norm=sync or a larger group"
+    text = f"batch too small (n_eff {worst.typical['n_eff']:.0f} at {worst.layer}): {mend}"
+    return Verdict("batch too small", text, worst.layer)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    some = ", ".join(map(str, ranks[:_MANY])) + (f" and {len(ranks) - _MANY} more" if len(ranks) > _MANY else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {some}"
