@@ -63,8 +63,8 @@ class DriftMonitor:
             With level "image", of layers whose first dimension is that of the batch, and two images on some rank.
         n_eff: independent values per channel that the batch is worth which it normalises by; the variance of such a
             batch is on average (1 - 1 / n_eff) of the true one. n_eff_synced: what it would be if it synchronised.
-        dmean_z, dlogvar_z: mean and ln variance of batches against the running ones, as multiples of chance (root mean
-            square over channels); lag, lag_logvar: the same in standard deviations and in nats.
+        dmean_z, dlogvar_z: how far mean and ln variance of batches lie from the running ones, as multiples of chance
+            (root mean square over channels). lag, lag_logvar: how far on average, in standard deviations and in nats.
         kl: mean KL of the ranks' Gaussians from the whole batch's, in nats; of small batches mostly noise.
         dead, eps_dominated: channels that are constant; whose variance is below eps.
         conditioning: the largest |mean| / sqrt(var + eps) of a channel.

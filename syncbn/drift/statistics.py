@@ -218,20 +218,21 @@ def offset_size(mine: Sums, whole: Sums) -> Tensor:
 
 
 def lag_z(mean: Tensor, mean_square: Tensor, forwards: Tensor, runs: Tensor, momentum: Tensor) -> Tensor:
-    """[C] the mean of d over forwards, in standard deviations of what it would be were all batches of one source.
+    """[C] how far batches lie from the running statistics, as a multiple of chance: 1 if all come from one source.
 
-    Then d = m_t - µ_(t-1), with µ the exponential average of the m before, has the variance 2 s² / (2 - momentum),
-    where s² is that of m, and its mean over T forwards in a row, which is (µ_T - µ_0) / (momentum T), has
-    2 s² (1 - (1 - momentum)^T) / (momentum (2 - momentum) T²). s² is taken from the scatter of d. NaN for T = 1.
+    Then d = m_t - µ_(t-1), with µ the exponential average of the m before, has the variance s² 2 / (2 - momentum), where
+    s² is that of m. It is taken from the scatter of d about its mean over T forwards in a row, which itself,
+    (µ_T - µ_0) / (momentum T), has the variance s² 2 (1 - (1 - momentum)^T) / (momentum (2 - momentum) T²). A lag is
+    what does not scatter. NaN for T = 1.
 
     Args:
         mean, mean_square: [C] of d over all the forwards.
         forwards: T, in a row; runs: how many such rows there are; momentum: of the running statistics. [C] or [] each.
     """
     of_one = 2 / (2 - momentum)
-    of_all = of_one * (1 - (1 - momentum) ** forwards) / (momentum * forwards.square()) / runs
-    noise = (mean_square - mean.square()).clamp(min=0) / (of_one - of_all)
-    return torch.where(forwards > 1, mean / (noise * of_all).sqrt(), torch.nan)
+    of_mean = of_one * (1 - (1 - momentum) ** forwards) / (momentum * forwards.square()) / runs
+    scatter = (mean_square - mean.square()).clamp(min=0) / (of_one - of_mean)
+    return torch.where(forwards > 1, (mean_square / (of_one * scatter)).sqrt(), torch.nan)
 
 
 def log_f_tail(f: Tensor, between: Tensor, within: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ SMALL_BATCH = 16.0
 # How far batches lie from the running statistics: in standard deviations, and in nats of variance, ln 2
 LAG, LAG_LOGVAR = 0.5, 0.7
 # Differences between ranks that are smaller harm nobody, however sure they are: ICC, standard deviations of an image
-SMALL_ICC, SMALL_OFFSET = 0.01, 0.5
+SMALL_ICC, SMALL_OFFSET = 0.01, 0.1
 # So many ranks are listed
 _MANY = 8
 

@@ -1,0 +1,201 @@
+"""What the drift monitor says of CIFAR-10 on ranks with two images each: of good shards, and of five kinds of bad ones.
+
+torchrun --nproc-per-node 8 -m benchmarks.drift FOLDER [--json FILE] [--scenarios iid sorted ...]
+
+FOLDER/train/<class>/*.jpg. Each scenario trains a ResNet-20 anew, reads the monitor every 10 steps, and prints when it
+first said what.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import functional as TF
+
+import syncbn
+from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.run import BROADCAST_BUFFERS
+from syncbn.trainer.world import schedule_as_batch
+
+IMAGES, EVERY = 2, 10
+MEAN, STD = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+
+
+class Shards:
+    """Random batches of this rank, of all classes or of one alone."""
+
+    def __init__(self, folder: Path, classes: list[int], rank: int, change: Callable[[Tensor], Tensor] | None = None):
+        names = sorted(path.name for path in (folder / "train").iterdir())
+        self.files = [
+            (path, label) for label in classes for path in sorted((folder / "train" / names[label]).iterdir())
+        ]
+        self.random, self.change = random.Random(rank), change or normalised
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        chosen = self.random.sample(self.files, IMAGES)
+        images = torch.stack([TF.pil_to_tensor(Image.open(path)) for path, _ in chosen])
+        return self.change(images.float() / 255), torch.tensor([label for _, label in chosen])
+
+
+def normalised(images: Tensor) -> Tensor:
+    return TF.normalize(images, MEAN, STD)
+
+
+def inverted(images: Tensor) -> Tensor:
+    return normalised(1 - images)
+
+
+def as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
+class Scenario(NamedTuple):
+    """steps: of training; after `frozen` of them the weights stay, and what enters the last layer is measured.
+
+    classes: of a rank. change: of the images of the ranks named. plant: in the model, at a step.
+    """
+
+    steps: int
+    classes: Callable[[int], list[int]] = lambda rank: list(range(10))
+    change: dict[int, Callable[[Tensor], Tensor]] = {}
+    plant: Callable[[int, int, nn.Module], None] | None = None
+    sync: bool = True
+    frozen: int | None = None
+
+
+class Bias:
+    """Of what enters a layer: variances of each rank's batch and of all ranks', against that of everything."""
+
+    def __init__(self, layer: nn.Module):
+        self.local: list[Tensor] = []
+        self.synced: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        layer.register_forward_pre_hook(self.see)
+
+    def see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mine = inputs[0].detach().double().transpose(0, 1).flatten(1)  # [C, n]
+        count = torch.full((len(mine),), float(mine.size(1)), dtype=torch.float64)
+        row = torch.stack([count, mine.sum(1), mine.square().sum(1)])
+        self.local.append(variance(row))
+        dist.all_reduce(row)
+        self.synced.append(variance(row))
+        self.rows.append(row)
+
+    def told(self) -> dict[str, float]:
+        """Mean over channels of the average running_var of each kind, which is unbiased for independent values."""
+        local = torch.stack(self.local).mean(0)
+        dist.all_reduce(local)
+        true = variance(torch.stack(self.rows).sum(0))
+        synced = torch.stack(self.synced).mean(0)
+        return {
+            "local": float((local / dist.get_world_size() / true).mean()),
+            "synced": float((synced / true).mean()),
+        }
+
+
+def variance(row: Tensor) -> Tensor:
+    count, total, squares = row
+    return (squares - total.square() / count) / (count - 1)
+
+
+def nudge(step: int, rank: int, model: nn.Module) -> None:
+    """One of rank 2's running variances is a tenth too large after step 94."""
+    if step == 94 and rank == 2:
+        model.blocks[4].bn1.running_var[3] *= 1.1  # pyright: ignore
+
+
+SCENARIOS = {
+    "iid": Scenario(1000),
+    "sorted": Scenario(200, classes=lambda rank: [rank]),
+    "inverted": Scenario(100, change={5: inverted}),
+    "unnormalised": Scenario(100, change={3: as_they_are}),
+    "desync": Scenario(120, plant=nudge),
+    "local": Scenario(100, sync=False),
+    "bias": Scenario(200, frozen=100),
+}
+
+
+def train(scenario: Scenario, folder: Path, rank: int) -> tuple[list[dict[str, Any]], float, dict[str, float]]:
+    """What was read, the seconds of a step, and the bias if it is measured."""
+    torch.manual_seed(0)
+    model: nn.Module = SmallResNet(20, 10)
+    if scenario.sync:
+        syncbn.convert(model)
+    wrapped = DistributedDataParallel(model, **{BROADCAST_BUFFERS: False})  # pyright: ignore[reportArgumentType]
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    shards = Shards(folder, scenario.classes(rank), rank, scenario.change.get(rank))
+    readings, bias, began = [], None, time.perf_counter()
+    with syncbn.DriftMonitor(model) as monitor:
+        for step in range(1, scenario.steps + 1):
+            images, labels = shards.batch()
+            nn.functional.cross_entropy(wrapped(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == scenario.frozen:
+                optimizer.param_groups[0]["lr"] = 0.0
+                bias = Bias(model.blocks[-1].bn2)  # pyright: ignore
+            if scenario.plant:
+                scenario.plant(step, rank, model)
+            if step % EVERY == 0:
+                reading = monitor.read()
+                readings.append({"step": step, **reading._asdict()})
+    step_s = (time.perf_counter() - began) / scenario.steps
+    return readings, step_s, bias.told() if bias else {}
+
+
+def told(name: str, readings: list[dict[str, Any]], step_s: float) -> None:
+    print(f"\n{name}: {readings[-1]['step']} steps, {1000 * step_s:.0f} ms each")
+    said: dict[str, list[tuple[int, str]]] = {}
+    for reading in readings:
+        for verdict in reading["verdicts"]:
+            said.setdefault(verdict.kind, []).append((reading["step"], verdict.text))
+    for texts in said.values():
+        print(f"  from step {texts[0][0]:>4}  {texts[0][1]}")
+        print(f"  at step   {texts[-1][0]:>4}  {texts[-1][1]}   ({len(texts)} of {len(readings)} readings)")
+    if not said:
+        print(f"  ok at all {len(readings)} readings")
+    last = readings[-1]["layers"]
+    for figure in ("f", "icc", "n_eff", "n_eff_synced", "dmean_z", "dlogvar_z", "lag", "lag_logvar"):
+        values = [figures[figure] for figures in last.values() if figure in figures]
+        if values:
+            print(f"  {figure:<12} by depth: {' '.join(f'{v:.2f}' for v in values)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    schedule_as_batch()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = {}
+    for name in arguments.scenarios:
+        readings, step_s, bias = train(SCENARIOS[name], arguments.folder, rank)
+        found[name] = [{**one, "verdicts": [v._asdict() for v in one["verdicts"]]} for one in readings]
+        if rank == 0:
+            told(name, readings, step_s)
+            for kind, share in bias.items():
+                print(f"  running_var of {kind} statistics at the last layer: {share:.3f} σ²")
+            sys.stdout.flush()
+    if rank == 0 and arguments.json:
+        arguments.json.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
