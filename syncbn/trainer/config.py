@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer.data import DataConfig
+from syncbn.trainer.drift import DriftConfig
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunConfig
 from syncbn.trainer.loop import TrainConfig
@@ -37,6 +38,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

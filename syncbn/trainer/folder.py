@@ -11,7 +11,17 @@ import yaml
 from syncbn.trainer.errors import UserError
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
-OUTSIDE = ("run", "wandb", "launch", "data.root", "data.download", "data.workers", "data.cache", "train.log_every")
+OUTSIDE = (
+    "run",
+    "wandb",
+    "launch",
+    "drift",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "data.cache",
+    "train.log_every",
+)
 
 
 @dataclass

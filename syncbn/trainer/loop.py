@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+import syncbn
+from syncbn.drift import Reading
+from syncbn.trainer import drift
 from syncbn.trainer.average import Average
 from syncbn.trainer.data import Batch, Batches, Data
 from syncbn.trainer.errors import UserError
@@ -66,6 +69,8 @@ class Training:
     optimizer: Optimizer
     schedule: LRScheduler
     average: Average | None = None
+    drift: syncbn.DriftMonitor | None = None
+    recalibrate: int = 0  # training batches to recalibrate from at each evaluation
     step: int = 0
 
     @property
@@ -82,7 +87,7 @@ class Observer(Protocol):
     """Whoever watches a training, on rank 0."""
 
     def stepped(self, step: int) -> None: ...
-    def log(self, step: int, figures: dict[str, float]) -> None: ...
+    def log(self, step: int, figures: dict[str, float], drift: Reading | None = None) -> None: ...
     def save(self, training: Training) -> None: ...
 
 
@@ -126,10 +131,13 @@ def fit(
         evaluating = training.step % eval_every == 0 or training.step == steps
         if evaluating or training.step % config.log_every == 0:
             trained = read(totals, training, batches)
+            reading = training.drift.read() if training.drift else None
             if observer:
-                observer.log(training.step, trained)
+                observer.log(training.step, trained, reading)
         if evaluating:
             figures = evaluate(training.best_model, task, training.data.eval, config, world)
+            if training.recalibrate:
+                figures |= evaluate_recalibrated(training, config, world)
             if observer:
                 observer.log(training.step, {"epoch": training.epoch, **figures})
                 observer.save(training)
@@ -198,6 +206,19 @@ def evaluate(model: nn.Module, task: Task, batches: Batches, config: TrainConfig
     sums, _ = totals.reduce()
     figures = {f"eval/{name}": value for name, value in task.metrics(sums).items()}
     return {**figures, "eval/images": sums["samples"], "eval/skipped_images": sums["skipped"]}
+
+
+def evaluate_recalibrated(training: Training, config: TrainConfig, world: World) -> dict[str, float]:
+    """The metrics with the statistics of some training batches in place of the running ones, and what these miss. Collective.
+
+    Two networks: their difference is what the running statistics cost.
+    """
+    batches = islice(training.data.sample, training.recalibrate)
+    model, gaps = drift.recalibrated(training.best_model, batches, autocast(config, world))
+    figures = evaluate(model, training.task, training.data.eval, config, world)
+    renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
+    unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")
+    return {name: value for name, value in renamed.items() if name not in unneeded} | gaps
 
 
 def autocast(config: TrainConfig, world: World) -> AbstractContextManager:

@@ -1,14 +1,18 @@
 """Figures of a run: summed on the device, added over ranks in one message, written down as they come."""
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncbn.trainer.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Totals:
@@ -45,17 +49,35 @@ class Totals:
 
 
 class Record:
-    """metrics.jsonl, the record of truth: one object a line, flushed as it is written; every key carries its unit."""
+    """metrics.jsonl, the record of truth: one object a line, written as it comes; every key carries its unit.
+
+    What a full disk does not take is kept, and written as soon as there is room.
+    """
 
     def __init__(self, path: Path):
-        self.file = path.open("w")
+        self.file = path.open("wb", buffering=0)
         self.began = time.monotonic()
+        self.unwritten = b""
+        self.warned = False
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: dict[str, Any]) -> None:
         line = {"step": step, "time_s": round(time.monotonic() - self.began, 3), **figures}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self.warned:
+                log.warning(
+                    "metrics.jsonl cannot be written (%s): figures are kept until it can, training goes on", error
+                )
+            self.warned = True
 
     def close(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
+        """Raises OSError if figures are still unwritten."""
+        with self.file:
+            self._write()
+            os.fsync(self.file.fileno())
+
+    def _write(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]

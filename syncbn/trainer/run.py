@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import data, graph, models, norms, optim, tasks, world
+from syncbn.trainer import data, drift, graph, models, norms, optim, tasks, world
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import UserError
@@ -44,6 +44,7 @@ def run(config: Config, ranks: World) -> None:
         if ranks.rank == 0:
             folder.create(as_dict(config))
     log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
+    training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
     watch = Watch(folder, config, ranks, parts, training) if ranks.rank == 0 else None
     try:
         figures = fit(training, config.train, ranks, watch)

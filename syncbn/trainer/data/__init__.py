@@ -85,10 +85,14 @@ class Batches:
 
 
 class Data(NamedTuple):
-    """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration."""
+    """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration.
+
+    sample: the first batches of training, from the start with each iteration, which leaves train as it is.
+    """
 
     train: Batches
     eval: Batches
+    sample: Batches
     steps_per_epoch: int
     classes: list[str]
 
@@ -121,20 +125,24 @@ def build(
     evaluation = Samples(test, eval_transform(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **share)
 
-    def batches(samples: Samples, sampler: TrainSampler | EvalSampler) -> Batches:
+    def batches(samples: Samples, sampler: TrainSampler | EvalSampler, workers: int = config.workers) -> Batches:
         loader = DataLoader(
             samples,
             batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  (any iterable of keys)
-            num_workers=config.workers,
+            num_workers=workers,
             collate_fn=_as_they_are,
             pin_memory=world.device.type == "cuda",
-            persistent_workers=config.workers > 0,
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # or the loader would draw from the process's
         )
         return Batches(loader, config, world.device, memory_format)
 
     return Data(
-        batches(training, sampler), batches(evaluation, eval_sampler), sampler.steps_per_epoch, [*train.classes]
+        batches(training, sampler),
+        batches(evaluation, eval_sampler),
+        batches(training, sampler, workers=0),
+        sampler.steps_per_epoch,
+        [*train.classes],
     )
 
 

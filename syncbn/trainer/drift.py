@@ -1,0 +1,106 @@
+"""Drift of the ranks' statistics, as the trainer measures and tells it; the measuring is syncbn.DriftMonitor's."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import syncbn
+from syncbn.drift import Reading, Verdict
+from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
+
+# What is wrong with a layer shows in these, the weightiest first
+WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
+
+
+@dataclass
+class DriftConfig:
+    level: str = "image"  # what to compare between ranks at each log step: image (ranks and images), rank, or off
+    alpha: float = 1e-3  # chance of a false alarm that is taken at each log step
+    recalibrate: int = 0  # training batches per rank, at each eval, for statistics to show what the running ones miss
+
+    def __post_init__(self) -> None:
+        if self.level not in ("image", "rank", "off"):
+            raise UserError(f"drift.level={self.level}: choose one of image, rank, off")
+        if not 0 < self.alpha < 1:
+            raise UserError(f"drift.alpha={self.alpha}: give a probability between 0 and 1, such as 0.001")
+        if self.recalibrate < 0:
+            raise UserError(f"drift.recalibrate={self.recalibrate}: give 0 (off) or more batches")
+
+
+def monitor(model: nn.Module, config: DriftConfig) -> syncbn.DriftMonitor | None:
+    """Watch the model's batch norm layers as the config says. Collective."""
+    if config.level == "off":
+        return None
+    return syncbn.DriftMonitor(model, level=config.level, alpha=config.alpha)  # pyright: ignore[reportArgumentType]
+
+
+def flat(layers: dict[str, dict[str, float]]) -> dict[str, float]:
+    """drift/<layer>/<figure>, as a line of metrics.jsonl and W&B have them."""
+    return {f"drift/{layer}/{name}": value for layer, figures in layers.items() for name, value in figures.items()}
+
+
+class Story:
+    """What the verdicts of a run were, and from which step to which."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, dict[str, Any]] = {}
+        self.last: Reading | None = None
+
+    def add(self, step: int, reading: Reading) -> list[Verdict]:
+        """Those of its verdicts whose kind has not been seen before."""
+        self.last = reading
+        new = [verdict for verdict in reading.verdicts if verdict.kind not in self.told]
+        for verdict in reading.verdicts:
+            first = self.told.get(verdict.kind, {"first_step": step})["first_step"]
+            self.told[verdict.kind] = {**verdict._asdict(), "first_step": first, "last_step": step}
+        return new
+
+    @property
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The last verdict of each kind, with its first and last step, in order of weight."""
+        return [self.told[kind] for kind in KINDS if kind in self.told]
+
+    def worst_layers(self, most: int = 3) -> dict[str, dict[str, float]]:
+        """The figures of the layers where ranks differ most or, where that is not known, batches are worth least."""
+        layers = self.last.layers if self.last else {}
+        known = {name: figures for name, figures in layers.items() if figures}
+
+        def badness(name: str) -> tuple[float, float]:
+            return known[name].get("icc", 0.0), -known[name].get("n_eff", 0.0)
+
+        worst = sorted(known, key=badness, reverse=True)[:most]
+        return {name: {figure: known[name][figure] for figure in WORST if figure in known[name]} for name in worst}
+
+
+KINDS = ("buffers diverged", "shards differ", "running statistics lag", "batch too small")
+
+
+def recalibrated(
+    model: nn.Module, batches: Iterable[Batch], autocast: AbstractContextManager
+) -> tuple[nn.Module, dict[str, float]]:
+    """A copy of the model with the statistics of these batches of all ranks, and what the model's own miss, in nats.
+
+    The latter is drift/<layer>/gap, the mean over channels of KL(N(running_mean, running_var) ‖ N(mean, var)). Collective.
+
+    Source: Wu & Johnson 2021, arXiv:2105.07576 (PreciseBN).
+    """
+    exact = deepcopy(model)
+    with autocast:
+        population = syncbn.recalibrate(exact, batches, forward=lambda net, batch: net(batch.images))
+    own: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    gaps = {}
+    for name, moments in population.items():
+        layer = own[name]
+        mean, var = layer.running_mean.double() - moments.mean, layer.running_var.double() + layer.eps
+        exact_var = moments.unbiased_var + layer.eps
+        kl = 0.5 * ((var + mean.square()) / exact_var - 1 + (exact_var / var).log())
+        gaps[f"drift/{name}/gap"] = kl.mean()
+    values = torch.stack(list(gaps.values())).tolist()
+    return exact, dict(zip(gaps, values, strict=True))
