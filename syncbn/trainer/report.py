@@ -38,7 +38,11 @@ class Kind:
 
 
 OFFSETS = Kind(
-    "Offset of each rank", "z", "How far each rank's mean is from the others': 1 is chance, above 3 it differs", 1, 4
+    "Offset of each rank",
+    "z",
+    "How far each rank's mean is from the others': 1 is chance, above about 3 it differs",
+    1,
+    4,
 )
 # The first of these that was measured is drawn
 LIKENESS = {

@@ -115,6 +115,8 @@ class Run:
 def read(folder: Path, label: str | None = None) -> Run:
     """A run from its folder. Raises UserError if there is none in it."""
     where = folder.resolve()
+    if where.is_file():
+        raise UserError(f"{folder} is a file: give the run's folder, {folder.parent}")
     if not where.is_dir():
         raise UserError(f"{folder}: no such folder; give the folders of runs, such as runs/NAME")
     files = RunFolder(RunConfig(name=where.name, root=str(where.parent)))
@@ -127,7 +129,7 @@ def read(folder: Path, label: str | None = None) -> Run:
         config = yaml.safe_load(source)
         assert isinstance(config, dict)
     except (yaml.YAMLError, AssertionError):
-        raise UserError(f"{files.config} is no config: the file is damaged, leave this run out") from None
+        raise UserError(f"{folder / files.config.name} is no config: the file is damaged, leave this run out") from None
     lines, notes = _lines(files.metrics)
     result, damaged = _result(files.result)
     return Run(label or where.name, flat(config), lines, result, notes + damaged, source)
@@ -174,9 +176,11 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             lines.append(line)
         else:
             damaged.append(number)
+    if len(damaged) == 1:
+        return lines, [f"{path.name}: line {damaged[0]} cannot be read and was skipped"]
     if damaged:
-        which = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]},"
-        return lines, [f"{path.name}: {which} cannot be read and was skipped"]
+        first = f"{len(damaged)} lines, the first of them line {damaged[0]}"
+        return lines, [f"{path.name}: {first}, cannot be read and were skipped"]
     return lines, []
 
 

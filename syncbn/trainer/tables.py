@@ -136,15 +136,11 @@ def _best(points: Points, name: str) -> str | None:
     if not known or not better:
         return None
     step = better(known, key=known.__getitem__)
-    return f"{number(known[int(step)], name)} at step {step:,}"
+    return f"{number(known[int(step)], name)}, step {step:,}"
 
 
 def _state(run: Run) -> str:
-    return (
-        "finished"
-        if run.result is not None
-        else f"unfinished: still going or died; last line at step {run.last_step:,}"
-    )
+    return "finished" if run.result is not None else f"unfinished at step {run.last_step:,}: it still goes or died"
 
 
 def _batch(run: Run) -> str:

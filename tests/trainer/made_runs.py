@@ -123,3 +123,8 @@ def eval_line(step, done, draw, names, ranks):
         }
         line |= {f"drift/{name}/gap": 0.01 * i for i, name in enumerate(names)}
     return line
+
+
+def rewrite(file, change):
+    """Put what change makes of a file's text in its place."""
+    file.write_text(change(file.read_text()))
