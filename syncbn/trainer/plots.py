@@ -199,11 +199,16 @@ def svg(figure: "Figure", prefix: str) -> str:
 
 
 def span(values: Iterable[Iterable[float]], *, positive: bool = False) -> tuple[float, float]:
-    """The lowest and the highest finite number, a little apart if they are one; (0, 1) if there is none."""
+    """The lowest and the highest finite number, a little apart if they are one; up to 1 if there is none.
+
+    positive: of the numbers above 0 alone, and of the six highest decades.
+    """
     known = [v for row in values for v in row if math.isfinite(v) and (v > 0 or not positive)]
     if not known:
         return (0.1, 1.0) if positive else (0.0, 1.0)
     low, high = min(known), max(known)
+    if positive:
+        low = max(low, high / 1e6)  # on a scale of more decades nothing else can be told apart
     return (low, high) if low < high else (low, low + (abs(low) * 0.1 or 1.0))
 
 
@@ -217,7 +222,7 @@ def _few_log_ticks(bar: "Colorbar", low: float, high: float) -> None:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = (1, 2, 5) if len(exponents) <= 4 else (1,)
     ticks = [m * 10.0**e for e in exponents for m in marks if low <= m * 10.0**e <= high] or [low, high]
-    bar.set_ticks(ticks, labels=[f"{tick:,.0f}" if tick >= 1 else f"{tick:.3g}" for tick in ticks])
+    bar.set_ticks(ticks, labels=[f"{tick:,.0f}" if 1 <= tick < 1e6 else f"{tick:.3g}" for tick in ticks])
     bar.minorticks_off()
 
 

@@ -21,9 +21,11 @@ onload = () => {{
   if (inner.documentElement.scrollWidth > {width}) problems.push("wide: " + inner.documentElement.scrollWidth)
   for (const svg of inner.querySelectorAll("svg")) {{
     const frame = svg.getBoundingClientRect()
-    const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()])
-    texts.forEach(([name, box], i) => {{
-      if (Math.min(box.width, box.height) < 9) problems.push("small: " + name)
+    const scale = frame.width / svg.viewBox.baseVal.width
+    const px = element => scale * parseFloat(getComputedStyle(element).fontSize)
+    const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect(), px(t)])
+    texts.forEach(([name, box, size], i) => {{
+      if (!(size >= 8.5)) problems.push(`small: ${{name}} ${{size}}`)
       if (box.left < frame.left - 1 || box.right > frame.right + 1) problems.push("outside: " + name)
       for (const [other, its] of texts.slice(i + 1))
         if (!before(box, its) && !before(its, box)) problems.push(`overlap: ${{name}} | ${{other}}`)
