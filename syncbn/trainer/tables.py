@@ -140,7 +140,7 @@ def _best(points: Points, name: str) -> str | None:
 
 
 def _state(run: Run) -> str:
-    return "finished" if run.result is not None else f"unfinished at step {run.last_step:,}: it still goes or died"
+    return "unfinished: still going, or died" if run.result is None else "finished"
 
 
 def _batch(run: Run) -> str:

@@ -138,6 +138,13 @@ def test_no_verdict_is_told_apart_from_no_measurement(tmp_path, drift, words):
         assert words in text_of(page(tmp_path / f"{finished}"))
 
 
+def test_a_run_without_a_result_is_shown_as_unfinished(tmp_path):
+    text = text_of(page(make_run(tmp_path / "a", finished=False)))
+    assert "state unfinished" in text
+    assert "steps 600" in text
+    assert "unfinished" not in text_of(page(make_run(tmp_path / "b")))
+
+
 def test_the_worst_layers_begin_with_those_that_a_verdict_names(tmp_path):
     make_run(tmp_path / "a", verdicts=[SHARDS, DEAD])
     table = re.search(r"The worst layers.*?</table>", page(tmp_path / "a"), re.S)[0]
