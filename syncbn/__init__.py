@@ -3,7 +3,7 @@
 from syncbn.collectives import Group, Reduction
 from syncbn.convert import Conversion, convert, revert
 from syncbn.desync import DesyncError, DesyncMonitor
-from syncbn.drift import DriftMonitor
+from syncbn.drift import DriftMonitor, Reading, Verdict
 from syncbn.functional import sync_batch_norm
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import SyncBatchNorm
@@ -18,8 +18,10 @@ __all__ = [
     "Group",
     "LazySyncBatchNorm",
     "Moments",
+    "Reading",
     "Reduction",
     "SyncBatchNorm",
+    "Verdict",
     "convert",
     "recalibrate",
     "revert",

@@ -220,9 +220,9 @@ def offset_size(mine: Sums, whole: Sums) -> Tensor:
 def lag_z(mean: Tensor, mean_square: Tensor, forwards: Tensor, runs: Tensor, momentum: Tensor) -> Tensor:
     """[C] how far batches lie from the running statistics, as a multiple of chance: 1 if all come from one source.
 
-    Then d = m_t - µ_(t-1), with µ the exponential average of the m before, has the variance s² 2 / (2 - momentum), where
-    s² is that of m. It is taken from the scatter of d about its mean over T forwards in a row, which itself,
-    (µ_T - µ_0) / (momentum T), has the variance s² 2 (1 - (1 - momentum)^T) / (momentum (2 - momentum) T²). A lag is
+    Then d = m_t - µ_(t-1), with µ the exponential average of the m before, has the variance 2 s² / (2 - momentum),
+    where s² is that of m. It is taken from the scatter of d about its mean over T forwards in a row, which itself,
+    (µ_T - µ_0) / (momentum T), has the variance 2 s² (1 - (1 - momentum)^T) / (momentum (2 - momentum) T²). A lag is
     what does not scatter. NaN for T = 1.
 
     Args:

@@ -1,10 +1,13 @@
 """What rank 0 shows: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from syncbn import Verdict
 
 PLAIN_LINE_EVERY_S = 30.0
 
@@ -18,6 +21,7 @@ class Screen:
         self.windows: list[tuple[int, dict[str, float]]] = []  # training figures since the last evaluation
         self.read_at = 0
         self.said_at = time.monotonic()
+        self.wrong: list[str] = []
         self.bar: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -33,10 +37,11 @@ class Screen:
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("[yellow]{task.fields[drift]}"),
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task("train", total=self.steps, figures="")
+        self.task = self.bar.add_task("train", total=self.steps, figures="", drift="")
         self.bar.start()
 
     def stepped(self, step: int) -> None:
@@ -59,6 +64,30 @@ class Screen:
         elif time.monotonic() - self.said_at > PLAIN_LINE_EVERY_S:
             self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {now}")
             self.said_at = time.monotonic()
+
+    def drift(self, step: int, verdicts: Sequence[Verdict]) -> None:
+        """Show what is wrong with the ranks' statistics: beside the bar, and as a line when it begins and when it ends."""
+        kinds = [verdict.kind for verdict in verdicts]
+        for verdict in verdicts:
+            if verdict.kind not in self.wrong:
+                self.say(f"drift at step {step}: {verdict.text}")
+        for kind in self.wrong:
+            if kind not in kinds:
+                self.say(f"drift at step {step}: no longer {kind}")
+        self.wrong = kinds
+        if self.bar:
+            self.bar.update(self.task, drift=f"drift: {', '.join(kinds)}" if kinds else "")
+
+    def table(self, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
+        """A row of figures for each name."""
+        columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+        lines = [[title, *columns]]
+        lines += [[f"  {n}", *(f"{f[c]:.4g}" if c in f else "" for c in columns)] for n, f in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        self.say("")
+        for first, *others in lines:
+            cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+            self.say("  ".join([f"{first:<{widths[0]}}", *cells]))
 
     def stop(self) -> None:
         if self.bar:

@@ -1,5 +1,6 @@
 """Drift of the ranks' statistics, as the trainer measures and tells it; the measuring is syncbn.DriftMonitor's."""
 
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -11,9 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
-from syncbn.drift import Reading, Verdict
+from syncbn import Reading, Verdict
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # What is wrong with a layer shows in these, the weightiest first
 WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
@@ -35,8 +38,11 @@ class DriftConfig:
 
 
 def monitor(model: nn.Module, config: DriftConfig) -> syncbn.DriftMonitor | None:
-    """Watch the model's batch norm layers as the config says. Collective."""
+    """Watch the model's batch norm layers as the config says; none if there are none, or it says off. Collective."""
     if config.level == "off":
+        return None
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        log.warning("the model has no batch norm layer: there is no drift to measure")
         return None
     return syncbn.DriftMonitor(model, level=config.level, alpha=config.alpha)  # pyright: ignore[reportArgumentType]
 
@@ -87,7 +93,8 @@ def recalibrated(
 ) -> tuple[nn.Module, dict[str, float]]:
     """A copy of the model with the statistics of these batches of all ranks, and what the model's own miss, in nats.
 
-    The latter is drift/<layer>/gap, the mean over channels of KL(N(running_mean, running_var) ‖ N(mean, var)). Collective.
+    The latter is drift/<layer>/gap, the mean over channels of KL(N(running_mean, running_var) ‖ N(mean, var)).
+    Collective.
 
     Source: Wu & Johnson 2021, arXiv:2105.07576 (PreciseBN).
     """

@@ -93,16 +93,17 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What shapes the training and differs: "optim.lr 0.1 -> 0.2" each."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = [key for key in before | after if not _outside(key) and before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with its keys joined by dots."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _outside(key: str) -> bool:

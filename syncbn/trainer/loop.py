@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import syncbn
-from syncbn.drift import Reading
+from syncbn import Reading
 from syncbn.trainer import drift
 from syncbn.trainer.average import Average
 from syncbn.trainer.data import Batch, Batches, Data
@@ -209,9 +209,9 @@ def evaluate(model: nn.Module, task: Task, batches: Batches, config: TrainConfig
 
 
 def evaluate_recalibrated(training: Training, config: TrainConfig, world: World) -> dict[str, float]:
-    """The metrics with the statistics of some training batches in place of the running ones, and what these miss. Collective.
+    """The metrics with the statistics of training batches in place of the running ones, and what these miss.
 
-    Two networks: their difference is what the running statistics cost.
+    What the metrics differ by, the running statistics cost. Collective.
     """
     batches = islice(training.data.sample, training.recalibrate)
     model, gaps = drift.recalibrated(training.best_model, batches, autocast(config, world))

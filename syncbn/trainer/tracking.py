@@ -54,6 +54,7 @@ class Tracker:
             )
             self.run.define_metric("train/*", step_metric="step")
             self.run.define_metric("eval/*", step_metric="step")
+            self.run.define_metric("drift/*", step_metric="step")
             self.run.define_metric("eval/accuracy", summary="max,last")
 
         self._try(start)
@@ -65,6 +66,26 @@ class Tracker:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._try(lambda: self.run and self.run.log({"step": step, **figures}, step=step))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the user, as they have chosen there: by mail, say."""
+        self._try(lambda: self.run and self.run.alert(title=title, text=text, wait_duration=0))
+
+    def keep(self, *, tables: dict[str, Grid], figures: dict[str, "Figure"], summary: dict[str, Any]) -> None:
+        """Log what a run comes to: a row of a table for each known cell of a grid, pictures, and its summary."""
+
+        def log_all() -> None:
+            import wandb
+
+            if self.run is None:
+                return
+            logged: dict[str, Any] = {name: wandb.Image(figure) for name, figure in figures.items()}
+            for name, grid in tables.items():
+                logged[name] = wandb.Table(columns=["layer", grid.along, name.rpartition("/")[2]], data=grid.cells())
+            self.run.log(logged)
+            self.run.summary.update(summary)
+
+        self._try(log_all)
 
     def finish(self, exit_code: int = 0) -> None:
         self._try(lambda: self.run and self.run.finish(exit_code=exit_code))

@@ -1,0 +1,186 @@
+"""The tables of a report, as a person reads them: what runs are and came to, and the worst layers of one."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from syncbn.trainer.runs import Points, Run
+
+MOST_LAYERS = 12  # in the table of the worst
+
+# What is measured of a layer: its name on the page, and whether a high or a low number is the worse
+FIGURES: dict[str, tuple[str, Callable[..., float]]] = {
+    "icc": ("ICC", max),
+    "f": ("F", max),
+    "n_eff": ("n_eff", min),
+    "dmean_z": ("mean, z", max),
+    "dlogvar_z": ("log var, z", max),
+    "lag": ("lag, σ", max),
+    "kl": ("KL, nats", max),
+    "dead": ("dead channels", max),
+    "conditioning": ("|mean|/σ", max),
+    "gap": ("gap, nats", max),
+}
+ORDER = ("icc", "f", "dmean_z", "kl", "lag", "conditioning")  # the first that was measured sorts the layers
+
+
+@dataclass
+class Cell:
+    text: str
+    best: bool = False  # of its row, or of its column in the table of worst layers the worst: told in bold
+
+
+@dataclass
+class Table:
+    columns: list[str]
+    rows: dict[str, list[Cell]]
+    caption: str
+
+
+def facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
+    """What each run was and came to: {fact: [a cell for each run]}, facts that no run has left out."""
+    config = [run.config for run in runs]
+    rows = {
+        "state": [_cell(_state(run)) for run in runs] if any(run.result is None for run in runs) else [],
+        "data": [_cell(c.get("data.name")) for c in config],
+        "model": [_cell(c.get("model.name")) for c in config],
+        "norm": [_cell(f"{c.get('norm.name', '?')}{', fused' if c.get('norm.fuse') else ''}") for c in config],
+        "ranks × images": [_cell(_batch(run)) for run in runs],
+    }
+    for name in _evaluated(runs):
+        rows[f"eval {_words(name)}"] = _compared([_last(run, name) for run in runs], name)
+        if _better(name) is max and not name.startswith("recalibrated"):
+            rows[f"best {_words(name)}"] = [_cell(_best(run.points.get(f"eval/{name}", {}), name)) for run in runs]
+    speeds = [run.points.get("train/images_per_s", {}).values() for run in runs]
+    rows |= {
+        "steps": [_cell(f"{run.last_step:,}") for run in runs],
+        "images/s, median": _compared([median(speed) if speed else None for speed in speeds], "images_per_s"),
+        "time": [_cell(_time(run)) for run in runs],
+    }
+    return {name: cells for name, cells in rows.items() if any(cell.text != "–" for cell in cells)}
+
+
+def worst_layers(run: Run) -> Table | None:
+    """The layers that drift most, those named in a verdict first; none if no figure of a layer was written."""
+    ordering = next((figure for figure in ORDER if figure in run.drift), None)
+    if ordering is None:
+        return None
+    settled = {f: {layer: _settled(p) for layer, p in run.drift[f].items()} for f in FIGURES if f in run.drift}
+    _, worse = FIGURES[ordering]
+    sign = -1 if worse is max else 1
+    layers = sorted(settled[ordering], key=lambda layer: sign * settled[ordering][layer])
+    blamed = [v.text for v in run.verdicts or []]
+    layers.sort(key=lambda layer: next((i for i, text in enumerate(blamed) if _names(text, layer)), len(blamed)))
+    columns = {FIGURES[figure][0]: _column(settled[figure], layers, FIGURES[figure][1]) for figure in settled}
+    if run.rank_z:
+        _, grid = run.rank_z
+        columns["farthest rank, z"] = [_farthest(dict(zip(grid.rows, grid.values, strict=True)).get(x)) for x in layers]
+    rows = {layer: [cells[i] for cells in columns.values()] for i, layer in enumerate(layers[:MOST_LAYERS])}
+    shown = f"{len(rows)} of {len(layers)} layers" if len(layers) > len(rows) else f"All {len(layers)} layers"
+    first = "those named in a verdict first, then " if blamed else ""
+    caption = f"{shown}, {first}by {FIGURES[ordering][0]}. Medians over the last quarter of the run; bold: the worst."
+    return Table(list(columns), rows, caption)
+
+
+def number(value: float, name: str = "", digits: int = 3) -> str:
+    """A figure as a person reads it: accuracies are shares."""
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def setting(value: Any) -> str:
+    """A value of a config as it is written on the command line; Ellipsis: the config has no such key."""
+    if value is ...:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cell(text: Any) -> Cell:
+    return Cell("–" if text is None else str(text))
+
+
+def _compared(values: Sequence[float | None], name: str) -> list[Cell]:
+    """A row of numbers, the best in bold if there is something to choose."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    better = _better(name)
+    best = better(known) if better and len(set(known)) > 1 else None
+    return [_cell(None) if v is None else Cell(number(v, name, digits=4), v == best) for v in values]
+
+
+def _better(name: str) -> Callable[..., float] | None:
+    if name.endswith("loss"):
+        return min
+    return max if name.endswith(("accuracy", "images_per_s")) else None
+
+
+def _evaluated(runs: Sequence[Run]) -> list[str]:
+    counts = ("images", "skipped_images")
+    keys = dict.fromkeys(key for run in runs for key in run.points if key.startswith("eval/"))
+    names = [key.removeprefix("eval/") for key in keys]
+    return sorted((name for name in names if name not in counts), key=lambda name: not name.endswith("accuracy"))
+
+
+def _last(run: Run, name: str) -> float | None:
+    points = run.points.get(f"eval/{name}")
+    return points[max(points)] if points else None
+
+
+def _best(points: Points, name: str) -> str | None:
+    known = {step: value for step, value in points.items() if math.isfinite(value)}
+    better = _better(name)
+    if not known or not better:
+        return None
+    step = better(known, key=known.__getitem__)
+    return f"{number(known[int(step)], name)}, step {step:,}"
+
+
+def _state(run: Run) -> str:
+    return "unfinished: still going, or died" if run.result is None else "finished"
+
+
+def _batch(run: Run) -> str:
+    ranks = (run.result or {}).get("ranks") or (len(run.rank_z[1].columns) if run.rank_z else None)
+    batch, accumulate = run.config.get("data.batch_per_rank", "?"), run.config.get("train.accumulate", 1)
+    times = f" × {accumulate} accumulated" if accumulate != 1 else ""
+    return f"{ranks or '?'} × {batch}{times}"
+
+
+def _time(run: Run) -> str | None:
+    seconds = (run.result or {}).get("duration_s") or max(run.points.get("time_s", {}).values(), default=None)
+    if seconds is None:
+        return None
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _settled(points: Points) -> float:
+    """The median over the last quarter of what was written."""
+    values = [v for v in points.values() if math.isfinite(v)]
+    return median(values[-max(1, len(values) // 4) :]) if values else math.nan
+
+
+def _column(values: dict[str, float], layers: Sequence[str], worse: Callable[..., float]) -> list[Cell]:
+    known = [v for v in values.values() if math.isfinite(v)]
+    worst = worse(known) if len(set(known)) > 1 else None
+    return [Cell(number(values[x]), values[x] == worst) if x in values else _cell(None) for x in layers]
+
+
+def _farthest(ranks: list[float] | None) -> Cell:
+    known = {rank: z for rank, z in enumerate(ranks or []) if math.isfinite(z)}
+    if not known:
+        return _cell(None)
+    rank = max(known, key=known.__getitem__)
+    return _cell(f"rank {rank}: {number(known[rank])}")
+
+
+def _names(text: str, layer: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(layer)}(?![\w.])", text) is not None

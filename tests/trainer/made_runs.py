@@ -1,0 +1,130 @@
+"""Folders as runs leave them, made without training: as many layers, log lines and ranks as a test wants."""
+
+import json
+import math
+import random
+
+import yaml
+
+from syncbn.trainer.config import Config, as_dict
+
+SHARDS = {
+    "text": "shards differ (ICC 0.21 at layer2.0.bn1, rank 3)",
+    "kind": "shards",
+    "layer": "layer2.0.bn1",
+    "rank": 3,
+    "first_step": 30,
+    "last_step": 600,
+}
+DEAD = {
+    "text": "dead channels (4 at layer1.0.bn2)",
+    "kind": "dead",
+    "layer": "layer1.0.bn2",
+    "rank": None,
+    "first_step": 200,
+    "last_step": 200,
+}
+
+
+def layer_names(number):
+    return ["bn1", *(f"layer{1 + i // 16}.{i % 16 // 2}.bn{1 + i % 2}" for i in range(number - 1))]
+
+
+def make_run(path, *, layers=20, logs=60, ranks=8, verdicts=(), finished=True, seed=0, drift=True, config=None):
+    """Write a run's folder: a tenth of the log lines have an evaluation after them; drift rises with depth."""
+    path.mkdir(parents=True)
+    settings = as_dict(Config())
+    settings["run"] |= {"name": path.name, "root": str(path.parent)}
+    settings["seed"] = seed
+    for key, value in (config or {}).items():
+        section, _, name = key.partition(".")
+        settings[section][name] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    draw = random.Random(seed)
+    names = layer_names(layers) if drift else []
+    lines = []
+    for i in range(1, logs + 1):
+        lines.append(log_line(10 * i, i / logs, draw, names, [v["text"] for v in verdicts] if drift else None))
+        if i % max(1, logs // 10) == 0:
+            lines.append(eval_line(10 * i, i / logs, draw, names, ranks))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        last = lines[-1] if lines else {}
+        figures = {key: value for key, value in last.items() if key.startswith("eval/")}
+        result = {
+            "objective": figures.get("eval/accuracy", 0.0),
+            "metrics": figures,
+            "ranks": ranks,
+            "duration_s": 61.5,
+        }
+        if drift:
+            result["drift"] = {"verdicts": list(verdicts)}
+        (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
+def log_line(step, done, draw, names, verdicts):
+    line = {
+        "step": step,
+        "time_s": step / 10,
+        "epoch": 10 * done,
+        "train/loss": 2.3 * math.exp(-3 * done) + 0.1 * draw.random(),
+        "train/accuracy": min(1.0, 0.1 + 0.85 * (1 - math.exp(-4 * done)) + 0.05 * draw.random()),
+        "train/lr": 0.1 * (1 - done),
+        "train/images_per_s": 240 + 20 * draw.random(),
+        "train/step_ms": 30.0,
+        "train/data_wait_share": 0.02,
+        "train/skipped_images": 0.0,
+    }
+    for depth, name in enumerate(names):
+        deep = depth / len(names)
+        icc = max(0.0, 0.3 * deep**3 * min(1, 3 * done) + draw.gauss(0, 0.01))
+        line |= {f"drift/{name}/{figure}": value for figure, value in layer_figures(icc, deep, draw).items()}
+    if verdicts is not None:
+        line["drift/verdicts"] = verdicts
+    return line
+
+
+def layer_figures(icc, deep, draw):
+    return {
+        "f": 1 + 4 * icc,
+        "icc": icc,
+        "n_eff": 4000 * math.exp(-6 * deep) * (1 + 0.1 * draw.random()),
+        "dmean_z": abs(draw.gauss(1, 0.2)),
+        "dlogvar_z": abs(draw.gauss(1, 0.2)),
+        "lag": 0.02 + 0.1 * deep,
+        "kl": 0.01 + 0.2 * deep,
+        "dead": float(deep > 0.9),
+        "conditioning": 2 + 10 * deep,
+    }
+
+
+def eval_line(step, done, draw, names, ranks):
+    line = {
+        "step": step,
+        "time_s": step / 10 + 0.5,
+        "epoch": 10 * done,
+        "eval/loss": 2 * math.exp(-3 * done) + 0.15 + 0.02 * draw.random(),
+        "eval/accuracy": min(1.0, 0.2 + 0.75 * (1 - math.exp(-4 * done))),
+        "eval/images": 360.0,
+        "eval/skipped_images": 0.0,
+    }
+    if names:
+        line["drift/rank_z"] = {
+            name: [
+                abs(draw.gauss(1, 0.3)) + (5 * i / len(names) if rank == min(3, ranks - 1) else 0)
+                for rank in range(ranks)
+            ]
+            for i, name in enumerate(names)
+        }
+        line |= {
+            "eval/recalibrated_accuracy": line["eval/accuracy"] + 0.01,
+            "eval/recalibrated_loss": line["eval/loss"] - 0.02,
+        }
+        line |= {f"drift/{name}/gap": 0.01 * i for i, name in enumerate(names)}
+    return line
+
+
+def rewrite(file, change):
+    """Put what change makes of a file's text in its place."""
+    file.write_text(change(file.read_text()))

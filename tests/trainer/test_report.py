@@ -1,0 +1,251 @@
+"""The report of runs: all that their folders tell, in one file that needs nothing else."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+
+from syncbn.trainer import report
+from syncbn.trainer.runs import read_all
+from tests.trainer.made_runs import DEAD, SHARDS, make_run, rewrite
+
+
+def page(*folders):
+    return report.page(read_all(folders))
+
+
+def text_of(html):
+    """What a reader sees, tags and figures left out."""
+    bare = re.sub(r"<(style|svg)\b.*?</\1>", " ", html, flags=re.S)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", bare)))
+
+
+AWKWARD = {
+    "whole": lambda p: make_run(p, verdicts=[SHARDS, DEAD]),
+    "no drift": lambda p: make_run(p, drift=False),
+    "unfinished": lambda p: make_run(p, finished=False, verdicts=[DEAD]),
+    "no line yet": lambda p: make_run(p, logs=0, finished=False),
+    "one line": lambda p: make_run(p, logs=1),
+    "one layer": lambda p: make_run(p, layers=1),
+    "one rank": lambda p: make_run(p, ranks=1),
+    "53 layers": lambda p: make_run(p, layers=53, logs=1000),
+    "160 layers, 300 ranks": lambda p: make_run(p, layers=160, logs=20, ranks=300),
+    "metrics gone": lambda p: (make_run(p) / "metrics.jsonl").unlink(),
+    "cut line": lambda p: rewrite(make_run(p) / "metrics.jsonl", lambda text: text[:-40]),
+    "nan and inf": lambda p: rewrite(
+        make_run(p) / "metrics.jsonl", lambda text: re.sub(r'("(train/loss|drift/bn1/icc)": )[^,]*', r"\1NaN", text)
+    ),
+    "all inf": lambda p: rewrite(
+        make_run(p) / "metrics.jsonl", lambda text: re.sub(r'("(\w+/loss|drift/\S*)": )[\d.e-]+', r"\1Infinity", text)
+    ),
+    "damaged result": lambda p: (make_run(p) / "result.json").write_text('{"objective": 0.'),
+    "bytes that are no text": lambda p: (make_run(p) / "metrics.jsonl").write_bytes(b"\xff\xfe\x00{}\n"),
+    "alien config": lambda p: (make_run(p) / "config.yaml").write_text("other: {key: [1, 2]}"),
+}
+
+
+@pytest.fixture(params=AWKWARD.values(), ids=AWKWARD)
+def awkward(request, tmp_path):
+    request.param(tmp_path / "run")
+    return tmp_path / "run"
+
+
+class Balanced(HTMLParser):
+    """Fails for a tag that is closed twice, too early or never, and keeps ids and references."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.links, self.tags, self.attributes, self.text = [], [], [], set(), set(), ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {key for key, _ in attrs}
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.links += [
+            value for key, value in attrs if key in ("src", "href", "xlink:href", "action", "srcset", "data")
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_every_run_has_a_page_that_needs_nothing_else(awkward):
+    html = page(awkward)
+    parsed = Balanced(html)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert {link.lstrip("#") for link in parsed.links if link.startswith("#")} <= set(parsed.ids)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in parsed.links)
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    assert "@import" not in html
+    assert not parsed.tags & {"script", "link", "iframe", "object", "base"}
+    assert "default-src 'none'" in html
+    assert len(html) < 1e6
+    for svg in re.findall(r"<svg.*?</svg>", html, re.S):
+        ET.fromstring(svg)
+
+
+def test_what_a_run_was_stands_at_its_head(tmp_path):
+    make_run(tmp_path / "digits-resnet8", config={"norm.name": "local", "data.batch_per_rank": 2}, ranks=4)
+    text = text_of(page(tmp_path / "digits-resnet8")).partition("Verdicts")[0]
+    for fact in (
+        "digits-resnet8",
+        "norm local",
+        "ranks × images 4 × 2",
+        "eval accuracy 93.63%",
+        "steps 600",
+        "time 62 s",
+    ):
+        assert fact in text
+
+
+def test_verdicts_stand_in_order_of_weight_with_their_steps(tmp_path):
+    many = [{**SHARDS, "text": f"verdict {i}", "first_step": i, "last_step": 2 * i} for i in (7, 3, 9, 1)]
+    make_run(tmp_path / "a", verdicts=many)
+    text = text_of(page(tmp_path / "a"))
+    assert re.findall(r"verdict \d steps? [\d to]+\d", text) == [
+        "verdict 7 steps 7 to 14",
+        "verdict 3 steps 3 to 6",
+        "verdict 9 steps 9 to 18",
+        "verdict 1 steps 1 to 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("drift", "words"),
+    [(True, "ok: no drift seen"), (False, "drift was not measured")],
+    ids=["measured", "not measured"],
+)
+def test_no_verdict_is_told_apart_from_no_measurement(tmp_path, drift, words):
+    for finished in True, False:
+        make_run(tmp_path / f"{finished}", drift=drift, finished=finished)
+        assert words in text_of(page(tmp_path / f"{finished}"))
+
+
+def test_a_run_without_a_result_is_shown_as_unfinished(tmp_path):
+    text = text_of(page(make_run(tmp_path / "a", finished=False)))
+    assert "state unfinished" in text
+    assert "steps 600" in text
+    assert "unfinished" not in text_of(page(make_run(tmp_path / "b")))
+
+
+def test_the_worst_layers_begin_with_those_that_a_verdict_names(tmp_path):
+    make_run(tmp_path / "a", verdicts=[SHARDS, DEAD])
+    table = re.search(r"The worst layers.*?</table>", page(tmp_path / "a"), re.S)[0]
+    layers = re.findall(r"<tr><th>([^<]*)", table)
+    assert layers[:5] == ["layer", "layer2.0.bn1", "layer1.0.bn2", "layer2.1.bn1", "layer2.0.bn2"]
+    assert "12 of 20 layers, those named in a verdict first, then by ICC" in page(tmp_path / "a")
+    assert "rank 3: " in table
+
+
+def test_without_icc_the_report_shows_f(tmp_path):
+    folder = make_run(tmp_path / "a")
+    rewrite(folder / "metrics.jsonl", lambda text: re.sub(r'"drift/\S*/icc": [^,]*, ', "", text))
+    html = page(folder)
+    assert "Variance between ranks over variance within" in html
+    assert "20 layers, by F." in html
+
+
+def test_what_a_user_wrote_is_text(tmp_path):
+    evil = "<script>alert(1)</script>"
+    folders = [
+        make_run(
+            tmp_path / name,
+            verdicts=[{**SHARDS, "text": evil}],
+            config={"data.root": f"{name}{evil}", "model.name": '"><b onclick="x">'},
+        )
+        for name in ("<script>$a_{<", "b & 'c' $")
+    ]
+    for html in page(folders[0]), page(*folders):
+        parsed = Balanced(html)
+        assert not parsed.tags & {"script"}
+        assert "onclick" not in parsed.attributes
+        for written in "<script>$a_{<", evil, '"><b onclick="x">':
+            assert written in parsed.text
+
+
+def test_runs_stand_side_by_side_with_the_best_in_bold(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", drift=False, seed=1, logs=30)]
+    rewrite(folders[1] / "metrics.jsonl", lambda text: re.sub(r'("eval/accuracy": )[\d.]+', r"\g<1>0.5", text))
+    html = page(*folders)
+    assert '<th>eval accuracy</th><td class="best">93.63%</td><td>50.00%</td>' in html
+    assert "<th>steps</th><td>600</td><td>300</td>" in html
+    assert "<th>eval recalibrated accuracy</th><td>94.63%</td><td>–</td>" in html
+    assert text_of(html).count("drift was not measured") == 1
+
+
+def test_the_heat_maps_of_several_runs_have_one_scale_of_colours(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
+    rewrite(folders[0] / "metrics.jsonl", lambda text: re.sub(r'("drift/bn1/icc": )[^,]*', r"\g<1>0.8", text))
+    maps = page(*folders).partition("<h3>ICC</h3>")[2].partition("<h3>")[0]
+    assert [svg.count("0.8</text>") for svg in re.findall(r"<svg.*?</svg>", maps, re.S)] == [1, 1]
+
+
+def test_the_command_says_where_the_report_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "a", "b":
+        make_run(tmp_path / "runs" / name, logs=10)
+    for arguments, written in (
+        (["runs/a"], "runs/a/report.html"),
+        (["runs/a", "runs/b"], "report.html"),
+        (["runs/a", "-o", "x.html"], "x.html"),
+        (["runs/a", "runs/a/"], "runs/a/report.html"),
+    ):
+        assert report.main(arguments) == 0
+        assert capsys.readouterr().out == written + "\n"
+        assert (tmp_path / written).read_text().startswith("<!DOCTYPE html>")
+        (tmp_path / written).unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder; give the folders of runs, such as runs/NAME"),
+        (["empty"], "empty is no run (it has no config.yaml): give folders of runs"),
+        (["runs"], "runs is no run (it has no config.yaml): give those in it, such as runs/a"),
+        (["runs/a/config.yaml"], "runs/a/config.yaml is a file: give the run's folder, runs/a"),
+        (["runs/damaged"], "runs/damaged/config.yaml is no config: the file is damaged, leave this run out"),
+        (["runs/a", "nowhere"], "nowhere: no such folder; give the folders of runs, such as runs/NAME"),
+        (
+            ["runs/a", "-o", "no/x.html"],
+            "no/x.html cannot be written (No such file or directory): give another file with -o",
+        ),
+        (["runs/a", "-o", "empty"], "empty cannot be written (Is a directory): give another file with -o"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "runs" / "a", logs=2)
+    (make_run(tmp_path / "runs" / "damaged", logs=2) / "config.yaml").write_text("a: [")
+    assert report.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_another_process_gives_the_same_bytes_and_no_traceback(tmp_path):
+    def command(folder):
+        line = [sys.executable, "-m", "syncbn.trainer.report", str(folder)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    done = command(make_run(tmp_path / "a", verdicts=[SHARDS, DEAD]))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/a/report.html\n", "")
+    assert (tmp_path / "a" / "report.html").read_text() == page(tmp_path / "a")
+    done = command(tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch("error: .*\n", done.stderr)

@@ -1,0 +1,64 @@
+"""The report in a real browser, on a desk and on a phone: legible, nothing on top of another, no error."""
+
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import pytest
+
+from syncbn.trainer import report
+from syncbn.trainer.runs import read_all
+from tests.trainer.made_runs import DEAD, SHARDS, make_run
+
+PROBE = """
+<iframe id="page" src="{page}" style="width: {width}px; height: 800px; border: 0"></iframe><pre id="told"></pre>
+<script>
+onload = () => {{
+  const inner = document.getElementById("page").contentDocument
+  const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 2
+  const problems = []
+  if (inner.documentElement.scrollWidth > {width}) problems.push("wide: " + inner.documentElement.scrollWidth)
+  for (const svg of inner.querySelectorAll("svg")) {{
+    const frame = svg.getBoundingClientRect()
+    const scale = frame.width / svg.viewBox.baseVal.width
+    const px = element => scale * parseFloat(getComputedStyle(element).fontSize)
+    const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect(), px(t)])
+    texts.forEach(([name, box, size], i) => {{
+      if (!(size >= 8.5)) problems.push(`small: ${{name}} ${{size}}`)
+      if (box.left < frame.left - 1 || box.right > frame.right + 1) problems.push("outside: " + name)
+      for (const [other, its] of texts.slice(i + 1))
+        if (!before(box, its) && !before(its, box)) problems.push(`overlap: ${{name}} | ${{other}}`)
+    }})
+  }}
+  if (inner.querySelectorAll("svg text").length < 40) problems.push("figures without text")
+  document.getElementById("told").textContent = problems.join("\\n")
+}}
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on the PATH")
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("kind", ["one", "many layers", "three"])
+def test_a_browser_shows_it_legibly(tmp_path, width, kind):
+    long = "digits-resnet8-local-b2-optim.lr_0.4-train.ema_0.999-data.workers_4-" + 60 * "x"
+    if kind == "three":
+        folders = [make_run(tmp_path / name, verdicts=[SHARDS, DEAD], logs=300) for name in ("a", "b", long)]
+    else:
+        size = {"layers": 160, "logs": 1000, "ranks": 128} if kind == "many layers" else {"verdicts": [SHARDS, DEAD]}
+        folders = [make_run(tmp_path / long, **size)]
+    (tmp_path / "page.html").write_text(report.page(read_all(folders)))
+    (tmp_path / "probe.html").write_text(PROBE.format(page="page.html", width=width))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    probe = [*browser, "--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1400,900"]
+    done = subprocess.run(
+        [*probe, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/probe.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert unescape(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1]) == ""
