@@ -35,12 +35,12 @@ MEAN, STD = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 class Shards:
     """Random batches of this rank, of all classes or of one alone."""
 
-    def __init__(self, folder: Path, classes: list[int], rank: int, change: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, folder: Path, classes: list[int], rank: int, change: Callable[[Tensor], Tensor]):
         names = sorted(path.name for path in (folder / "train").iterdir())
         self.files = [
             (path, label) for label in classes for path in sorted((folder / "train" / names[label]).iterdir())
         ]
-        self.random, self.change = random.Random(rank), change or normalised
+        self.random, self.change = random.Random(rank), change
 
     def batch(self) -> tuple[Tensor, Tensor]:
         chosen = self.random.sample(self.files, IMAGES)
@@ -63,12 +63,12 @@ def as_they_are(images: Tensor) -> Tensor:
 class Scenario(NamedTuple):
     """steps: of training; after `frozen` of them the weights stay, and what enters the last layer is measured.
 
-    classes: of a rank. change: of the images of the ranks named. plant: in the model, at a step.
+    classes: of a rank. change: a rank, and what becomes of its images. plant: in the model, at a step.
     """
 
     steps: int
     classes: Callable[[int], list[int]] = lambda rank: list(range(10))
-    change: dict[int, Callable[[Tensor], Tensor]] = {}
+    change: tuple[int, Callable[[Tensor], Tensor]] | None = None
     plant: Callable[[int, int, nn.Module], None] | None = None
     sync: bool = True
     frozen: int | None = None
@@ -118,8 +118,8 @@ def nudge(step: int, rank: int, model: nn.Module) -> None:
 SCENARIOS = {
     "iid": Scenario(1000),
     "sorted": Scenario(200, classes=lambda rank: [rank]),
-    "inverted": Scenario(100, change={5: inverted}),
-    "unnormalised": Scenario(100, change={3: as_they_are}),
+    "inverted": Scenario(100, change=(5, inverted)),
+    "unnormalised": Scenario(100, change=(3, as_they_are)),
     "desync": Scenario(120, plant=nudge),
     "local": Scenario(100, sync=False),
     "bias": Scenario(200, frozen=100),
@@ -134,7 +134,8 @@ def train(scenario: Scenario, folder: Path, rank: int) -> tuple[list[dict[str, A
         syncbn.convert(model)
     wrapped = DistributedDataParallel(model, **{BROADCAST_BUFFERS: False})  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    shards = Shards(folder, scenario.classes(rank), rank, scenario.change.get(rank))
+    changed = scenario.change if scenario.change and scenario.change[0] == rank else (rank, normalised)
+    shards = Shards(folder, scenario.classes(rank), rank, changed[1])
     readings, bias, began = [], None, time.perf_counter()
     with syncbn.DriftMonitor(model) as monitor:
         for step in range(1, scenario.steps + 1):

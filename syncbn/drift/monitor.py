@@ -102,6 +102,7 @@ class DriftMonitor:
             self._observers.append((Observer if synced else LocalObserver)(layer, level == "image"))
         self._windows: deque[_Window] = deque(maxlen=horizon)
         self._hidden: set[str] = set()
+        self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
         if not self._modules:
             self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
 
@@ -115,7 +116,7 @@ class DriftMonitor:
         broken = torch.zeros(len(layers.channels)).index_add_(0, layers.of_all, (~whole.isfinite()).float()) > 0
         mine, whole = (t.masked_fill(broken[layers.of_all], 0.0) for t in (mine, whole))
         sums = self._seen(whole)
-        alone = figures(sums, layers, self._traits(), self._ranks, 1)
+        alone = self._warm(sums, figures(sums, layers, self._traits(), self._ranks, 1))
         between_ranks = (layers.total(sums.between_ranks) / sums.rank_freedom).nan_to_num(0)
         self._windows.append(_Window(mine, whole, alone, between_ranks))
         return self._judge(marks)
@@ -205,8 +206,15 @@ class DriftMonitor:
         return kept.scatter_(0, between_ranks.argmax(0, keepdim=True), 0.0)[:, self._layers.of_all]
 
     def _typical(self) -> dict[str, Tensor]:
+        """The median of the windows' own figures."""
         names = "n_eff", "lag", "lag_logvar"
         return {name: torch.stack([one.figures[name] for one in self._windows]).nanmedian(0).values for name in names}
+
+    def _warm(self, sums: Sums, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """figures, without a lag while running statistics may still be on their way from where they began."""
+        self._forwards += sums.forwards / self._ranks
+        cold = self._forwards <= (3 / self._traits().momentum).clamp(max=_WARM)
+        return figures | {name: figures[name].masked_fill(cold, torch.nan) for name in ("lag", "lag_logvar")}
 
     def _traits(self) -> Traits:
         modules = self._modules.values()
@@ -265,6 +273,8 @@ class DriftMonitor:
 
 # Readings of which one may be out of the ordinary
 _ENOUGH = 3
+# Forwards after which running statistics have no excuse, however slow they are
+_WARM = 100.0
 
 
 def _check(level: str, alpha: float, horizon: int) -> None:

@@ -121,7 +121,7 @@ class LocalObserver:
 
     def messages(self) -> Tensor:
         """[K, 2C + 1]: the moments of each forward that was kept, as messages: added over ranks, the whole's."""
-        mean, m2, count = self._moments()
+        count, mean, m2 = self._moments()
         return torch.cat([count * mean, m2 + count * mean.square(), count], dim=1)
 
     def compare_with(self, summed: Tensor) -> None:

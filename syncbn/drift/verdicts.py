@@ -91,9 +91,8 @@ def running_statistics_lag(layers: Sequence[Evidence]) -> Verdict | None:
     worst = max(layers, key=lag)
     if lag(worst) < 1:
         return None
-    found = (
-        f"mean {worst.typical['lag']:.1f} σ, variance × {math.exp(worst.typical['lag_logvar']):.1f} at {worst.layer}"
-    )
+    mean, factor = worst.typical["lag"], math.exp(worst.typical["lag_logvar"])
+    found = f"mean by {mean:.1f} σ, variance by a factor {factor:.1f} at {worst.layer}"
     return Verdict("running statistics lag", f"running statistics lag ({found})", worst.layer)
 
 

@@ -66,7 +66,7 @@ class Screen:
             self.said_at = time.monotonic()
 
     def drift(self, step: int, verdicts: Sequence[Verdict]) -> None:
-        """Show what is wrong with the ranks' statistics: beside the bar, and as a line when it begins and when it ends."""
+        """Show what is wrong with the ranks' statistics: beside the bar, and as a line when it begins and ends."""
         kinds = [verdict.kind for verdict in verdicts]
         for verdict in verdicts:
             if verdict.kind not in self.wrong:

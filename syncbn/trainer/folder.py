@@ -45,6 +45,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
+        self.report = self.path / "report.html"
         self.checkpoint = self.path / "checkpoints" / "last.pt"
         self.logs = self.path / "logs"
 

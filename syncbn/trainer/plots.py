@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second: it is imported where the fi
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -180,6 +181,15 @@ def curves(
 
 
 @_styled
+def picture(figure: "Figure") -> "Image":
+    """The figure in pixels, as those take it who know no figures."""
+    import PIL.Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=160)
+    return PIL.Image.open(file)
+
+
 def svg(figure: "Figure", prefix: str) -> str:
     """The figure as an <svg> element to stand in an HTML page, the same bytes each time.
 

@@ -143,38 +143,61 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
 
 def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The heat maps, each kind with one scale of colours for all runs, so that they can be compared."""
-    likeness = next((figure for figure in LIKENESS if any(figure in run.drift for run in runs)), None)
-    if likeness:
+    if likeness := _likeness(runs):
         yield from _map(LIKENESS[likeness], [run.grid(likeness) for run in runs], runs, ids)
     yield from _map(EFFECTIVE, [run.grid("n_eff") for run in runs], runs, ids)
     told = [run.rank_z for run in runs]
     steps = {step for step, _ in filter(None, told)}
     when = f"step {steps.pop():,}, the last evaluation" if len(steps) == 1 else "the last evaluation of each"
     grids = [grid[1] if grid else Grid([], [], []) for grid in told]
-    yield from _map(OFFSETS, grids, runs, ids, along="rank", when=f" At {when}.")
+    yield from _map(OFFSETS, grids, runs, ids, when=f" At {when}.")
+
+
+def heat_maps(run: Run) -> dict[str, tuple[Grid, Any]]:
+    """The cells and a figure of each heat map of a run, by what it shows."""
+    kinds = {name: LIKENESS[name] for name in [_likeness([run])] if name} | {"n_eff": EFFECTIVE}
+    grids = {name: (kind, run.grid(name)) for name, kind in kinds.items()}
+    if run.rank_z:
+        grids["rank_z"] = OFFSETS, run.rank_z[1]
+    return {
+        name: (grid, _heat_map(kind, grid, _limits(kind, [grid]), kind.title))
+        for name, (kind, grid) in grids.items()
+        if grid.rows
+    }
+
+
+def _likeness(runs: Sequence[Run]) -> str | None:
+    return next((figure for figure in LIKENESS if any(figure in run.drift for run in runs)), None)
+
+
+def _limits(kind: Kind, grids: Sequence[Grid]) -> tuple[float, float]:
+    low, high = plots.span((row for grid in grids for row in grid.values), positive=kind.log)
+    return low if kind.low is None else kind.low, max(high, kind.high)
+
+
+def _heat_map(kind: Kind, grid: Grid, limits: tuple[float, float], title: str) -> Any:
+    return plots.heat_map(
+        grid.values,
+        grid.rows,
+        grid.columns,
+        title=title,
+        unit=kind.unit,
+        along=grid.along,
+        worst=kind.worst,
+        limits=limits,
+        log=kind.log,
+    )
 
 
 def _map(
-    kind: Kind, grids: Sequence[Grid], runs: Sequence[Run], ids: Iterator[str], along: str = "step", when: str = ""
+    kind: Kind, grids: Sequence[Grid], runs: Sequence[Run], ids: Iterator[str], when: str = ""
 ) -> Iterator[dict[str, Any]]:
     if not any(grid.rows for grid in grids):
         return
-    low, high = plots.span((row for grid in grids for row in grid.values), positive=kind.log)
-    limits = low if kind.low is None else kind.low, max(high, kind.high)
-    drawn = []
+    limits, drawn = _limits(kind, grids), []
     for i, grid in enumerate(grids):
         if grid.rows:
-            figure = plots.heat_map(
-                grid.values,
-                grid.rows,
-                grid.columns,
-                title=kind.title if len(runs) == 1 else "",
-                unit=kind.unit,
-                along=along,
-                worst=kind.worst,
-                limits=limits,
-                log=kind.log,
-            )
+            figure = _heat_map(kind, grid, limits, kind.title if len(runs) == 1 else "")
             drawn.append({"run": _shown(runs[i], i), "svg": _drawn(figure, ids)})
     yield {"title": kind.title, "caption": f"{kind.caption}.{when}", "drawn": drawn}
 

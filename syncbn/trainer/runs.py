@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,21 @@ class Verdict:
 
 @dataclass
 class Grid:
-    """values [rows][columns], nan where nothing was written."""
+    """values [rows][columns], nan where nothing was written; along: what a column is."""
 
     rows: list[str]
     columns: list[int]
     values: list[list[float]]
+    along: str = "step"
+
+    def cells(self) -> list[list[Any]]:
+        """[row, column, value] of everything that was written."""
+        return [
+            [row, column, value]
+            for row, values in zip(self.rows, self.values, strict=True)
+            for column, value in zip(self.columns, values, strict=True)
+            if isfinite(value)
+        ]
 
 
 @dataclass
@@ -92,7 +102,7 @@ class Run:
                 ranks = max(len(values) for values in layers.values())
                 rows = [[nan if v is None else float(v) for v in values] for values in layers.values()]
                 rows = [row + [nan] * (ranks - len(row)) for row in rows]
-                return line["step"], Grid(list(layers), list(range(ranks)), rows)
+                return line["step"], Grid(list(layers), list(range(ranks)), rows, "rank")
         return None
 
     @cached_property

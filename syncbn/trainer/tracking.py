@@ -26,6 +26,10 @@ class WandbConfig:
             raise UserError(f"wandb.mode={self.mode}: choose one of offline, online, disabled")
 
 
+Table = tuple[list[str], list[list[Any]]]
+"""Names of columns, and rows."""
+
+
 class Tracker:
     """One W&B run. The first failure is reported, and ends the tracking alone."""
 
@@ -71,18 +75,18 @@ class Tracker:
         """Have W&B tell the user, as they have chosen there: by mail, say."""
         self._try(lambda: self.run and self.run.alert(title=title, text=text, wait_duration=0))
 
-    def keep(self, *, tables: dict[str, Grid], figures: dict[str, "Figure"], summary: dict[str, Any]) -> None:
-        """Log what a run comes to: a row of a table for each known cell of a grid, pictures, and its summary."""
+    def keep(self, pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any]) -> None:
+        """Log what a run comes to: pictures, tables, and what is to stand in its summary."""
 
         def log_all() -> None:
             import wandb
 
             if self.run is None:
                 return
-            logged: dict[str, Any] = {name: wandb.Image(figure) for name, figure in figures.items()}
-            for name, grid in tables.items():
-                logged[name] = wandb.Table(columns=["layer", grid.along, name.rpartition("/")[2]], data=grid.cells())
-            self.run.log(logged)
+            logged: dict[str, Any] = {name: wandb.Image(picture) for name, picture in pictures.items()}
+            logged |= {name: wandb.Table(columns=[*columns], data=rows) for name, (columns, rows) in tables.items()}
+            if logged:
+                self.run.log(logged)
             self.run.summary.update(summary)
 
         self._try(log_all)

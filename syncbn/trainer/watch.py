@@ -2,18 +2,23 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from syncbn.trainer import checkpoint, data, norms, tasks
+from syncbn import Reading
+from syncbn.trainer import checkpoint, data, drift, norms, plots, report, tasks
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.console import Screen
+from syncbn.trainer.drift import Story
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.loop import Training
 from syncbn.trainer.metrics import Record
+from syncbn.trainer.runs import read
 from syncbn.trainer.tracking import Tracker
 from syncbn.trainer.world import World
 
@@ -48,16 +53,29 @@ class Watch:
         self.record = Record(folder.metrics)
         name = config.run.name or ""
         group = name.removesuffix(f"-seed{config.seed}")
+        self.story = Story()
         self.tracker = Tracker(config.wandb, folder.path.absolute(), name=name, group=group, settings=as_dict(config))
         self.screen.start()
 
     def stepped(self, step: int) -> None:
         self.screen.stepped(step)
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self.record.log(step, figures)
+    def log(self, step: int, figures: dict[str, float], reading: Reading | None = None) -> None:
+        told: dict[str, Any] = {}
+        if reading:
+            figures = {**figures, **drift.flat(reading.layers)}
+            told["drift/verdicts"] = [verdict.text for verdict in reading.verdicts]
+            self._tell(step, reading)
+        elif self.story.last:  # an evaluation, and what was read just before
+            told["drift/rank_z"] = self.story.last.rank_z
+        self.record.log(step, {**figures, **told})
         self.tracker.log(step, figures)
         self.screen.log(step, figures)
+
+    def _tell(self, step: int, reading: Reading) -> None:
+        for verdict in self.story.add(step, reading):
+            self.tracker.alert(f"{self.config.run.name}: {verdict.kind}", f"step {step}: {verdict.text}")
+        self.screen.drift(step, reading.verdicts)
 
     def save(self, training: Training) -> None:
         state = {
@@ -68,40 +86,90 @@ class Watch:
         }
         if training.average:
             state["average"] = training.average.state_dict()
-        checkpoint.save(self.folder.checkpoint, state)
+        with unless_disk_fails(f"{self.folder.checkpoint} is not written anew"):
+            checkpoint.save(self.folder.checkpoint, state)
 
     def give_up(self) -> None:
         self.screen.stop()
-        self.record.close()
+        with unless_disk_fails(f"{self.folder.metrics} lacks its last lines"):
+            self.record.close()
+        self._report()
         self.tracker.finish(exit_code=1)
 
     def finish(self, figures: dict[str, float], duration_s: float) -> None:
-        self.record.close()
-        result = {
+        figures = {name: value for name, value in figures.items() if name.startswith("eval/")}
+        result: dict[str, Any] = {
             "objective": figures[self.objective],
             "metrics": figures,
             "ranks": self.ranks.size,
             "duration_s": round(duration_s, 1),
         }
+        if self.story.last:
+            result["drift"] = {"verdicts": self.story.verdicts}
         self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
+        with unless_disk_fails(f"{self.folder.metrics} lacks its last lines"):
+            self.record.close()
+        self._report()
         self.tracker.finish()
+        self.screen.stop()
+        if worst := self.story.worst_layers():
+            self.screen.table(worst, "worst layers")
         self.screen.close(
             {
                 **shown(figures),
                 "norm": self.converted.removeprefix("norm="),
+                **{f"drift{' ' * i}": text for i, text in enumerate(self.what_drifted())},
                 "time": f"{duration_s:.0f} s",
                 **self.where_to_look(),
             }
         )
 
+    def _report(self) -> None:
+        """Write report.html and give its heat maps to W&B; what goes wrong with it costs the run nothing."""
+        try:
+            report.write(self.folder.path)
+            maps = report.heat_maps(read(self.folder.path))
+        except Exception as error:
+            log.warning("no report was written: %s", error)
+            return
+        self.tracker.keep(
+            pictures={f"drift/map_{name}": plots.picture(figure) for name, (_, figure) in maps.items()},
+            tables={f"drift/by_{name}": (["layer", g.along, name], g.cells()) for name, (g, _) in maps.items()},
+            summary={f"verdict{i or ''}": text for i, text in enumerate(self.what_drifted())},
+        )
+
+    def what_drifted(self) -> list[str]:
+        """The verdicts of the whole run, in order of weight."""
+        told = [f"{verdict['text']}, {when(verdict)}" for verdict in self.story.verdicts]
+        return told or ["ok" if self.story.last else "not measured"]
+
     def where_to_look(self) -> dict[str, Any]:
-        rows = {"run": f"{self.folder.path}/", "figures": self.folder.metrics, "weights": self.folder.checkpoint}
+        rows = {
+            "run": f"{self.folder.path}/",
+            "report": self.folder.report,
+            "figures": self.folder.metrics,
+            "weights": self.folder.checkpoint,
+        }
         if self.tracker.failure:
             return {**rows, "W&B": f"failed: {self.tracker.failure}"}
         if files := self.tracker.files:
             files = files.relative_to(Path.cwd()) if files.is_relative_to(Path.cwd()) else files
             return {**rows, "look": f"wandb leet {files}", "upload": f"wandb sync {files}"}
         return rows
+
+
+@contextmanager
+def unless_disk_fails(consequence: str) -> Iterator[None]:
+    """A block of writing whose OSError is told, and costs the run no more than that."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s", consequence, error)
+
+
+def when(verdict: dict[str, Any]) -> str:
+    first, last = verdict["first_step"], verdict["last_step"]
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def converted(parts: Parts, config: Config) -> str:

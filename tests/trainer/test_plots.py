@@ -140,7 +140,7 @@ def test_the_style_of_others_is_left_alone():
 def test_wandb_takes_a_figure():
     import wandb
 
-    image = wandb.Image(map_of([[1.0, 2.0]]))
+    image = wandb.Image(plots.picture(map_of([[1.0, 2.0]])))
     assert image.image.size[0] > 100
 
 
