@@ -61,7 +61,7 @@ def as_they_are(images: Tensor) -> Tensor:
 
 
 class Scenario(NamedTuple):
-    """steps: of training; after `frozen` of them the weights stay, and what enters the last layer is measured.
+    """steps: of training; after `frozen` of them nothing moves, and what enters the last layer is measured.
 
     classes: of a rank. change: a rank, and what becomes of its images. plant: in the model, at a step.
     """
@@ -83,6 +83,7 @@ class Bias:
         self.rows: list[Tensor] = []
         layer.register_forward_pre_hook(self.see)
 
+    @torch.no_grad()
     def see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         mine = inputs[0].detach().double().transpose(0, 1).flatten(1)  # [C, n]
         count = torch.full((len(mine),), float(mine.size(1)), dtype=torch.float64)
@@ -145,6 +146,7 @@ def train(scenario: Scenario, folder: Path, rank: int) -> tuple[list[dict[str, A
             optimizer.zero_grad()
             if step == scenario.frozen:
                 optimizer.param_groups[0]["lr"] = 0.0
+                model.eval()  # a norm before the last layer would level the batches
                 bias = Bias(model.blocks[-1].bn2)  # pyright: ignore
             if scenario.plant:
                 scenario.plant(step, rank, model)

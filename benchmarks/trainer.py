@@ -64,7 +64,7 @@ class Speed:
 
     def stepped(self, step: int) -> None: ...
     def save(self, training: loop.Training) -> None: ...
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: dict[str, float], reading: Any = None) -> None:
         self.images_per_s = figures.get("train/images_per_s", self.images_per_s)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,7 +56,8 @@ class DriftMonitor:
     A rank knows its own moments and, by the message that SyncBatchNorm sends anyway, those of the whole batch. What is
     left to be told is a sum over ranks, which may as well be added up over steps first, on the device. So messages do
     not grow, no step has one more, and the host waits in `read` alone. A layer that does not synchronise (nn.BatchNorm)
-    is watched in the first 8 forwards after each reading.
+    is watched in the first 8 forwards after each reading; what comes after such a layer it has levelled, so that ranks
+    are best compared in the first layers of a model that does not synchronise.
 
     Figures of a layer, over the last `horizon` readings:
         f, icc: F = MSB / MSI between ranks and between their images, and the intraclass correlation; 1 and 0 by chance.
@@ -95,16 +96,17 @@ class DriftMonitor:
         self._level, self._alpha = level, alpha
         self._ranks = 1 if self._everyone is None else self._everyone.size()
         self._agree()
-        self._layers = Layers([layer.num_features for layer in self._modules.values()])
         self._observers: list[Observer | LocalObserver] = []
+        if not self._modules:
+            self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
+            return
+        self._layers = Layers([layer.num_features for layer in self._modules.values()])
         for layer in self._modules.values():
             synced = isinstance(layer, SyncBatchNorm)
             self._observers.append((Observer if synced else LocalObserver)(layer, level == "image"))
         self._windows: deque[_Window] = deque(maxlen=horizon)
         self._hidden: set[str] = set()
         self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
-        if not self._modules:
-            self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
 
     def read(self) -> Reading:
         """The figures and verdicts of now. It waits for the device, once. Collective: see DriftMonitor."""
@@ -182,10 +184,10 @@ class DriftMonitor:
     def _seen(self, packed: Tensor) -> Sums:
         """The Sums, without what images say in layers whose first dimension is not that of the batch."""
         sums = self._layers.unpack(packed)
-        images = (sums.images / sums.forwards).round(decimals=6)
-        ran = sums.forwards > 0
-        usual = images[ran].mode().values if ran.any() else 0.0
-        hidden = ran & (images != usual)
+        images = (sums.images / sums.forwards).round(decimals=6).nan_to_num(0)
+        # Of two numbers that are as frequent, that of the earlier layers
+        usual = Counter(images[images > 0].tolist()).most_common(1)
+        hidden = (images > 0) & (images != (usual[0][0] if usual else 0.0))
         for name in [name for name, off in zip(self._modules, hidden.tolist(), strict=True) if off]:
             if name not in self._hidden:
                 self._hidden.add(name)

@@ -97,11 +97,14 @@ class LocalObserver:
     @torch.no_grad()
     def _measure(self, layer: Any, inputs: Sequence[Tensor]) -> None:
         x = inputs[0]
-        # Backward runs a checkpointed forward again, and an input that fits no layer is the layer's to refuse
-        if not layer.training or torch._C._current_graph_task_id() != -1 or x.dim() < 2 or x.size(1) != self._channels:
+        # An input that fits no layer is the layer's to refuse
+        if not layer.training or x.dim() < 2 or x.size(1) != self._channels:
             return
         if _is_recorded(x):
             self._rows[0].copy_(self._row(x))
+            return
+        # Backward runs a checkpointed forward again
+        if torch._C._current_graph_task_id() != -1:
             return
         if self._rows.device != x.device:
             self._place(x.device)

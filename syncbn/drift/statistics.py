@@ -72,7 +72,7 @@ class Layers:
 
     def __init__(self, channels: Sequence[int]):
         self.channels = list(channels)
-        self.of = torch.repeat_interleave(torch.tensor(self.channels))
+        self.of = torch.repeat_interleave(torch.tensor(self.channels, dtype=torch.int64))
         self.of_all = torch.cat([self.of.repeat(CHANNEL), torch.arange(len(self.channels)).repeat(LAYER)])
         lengths = [CHANNEL * n + LAYER for n in self.channels]
         places = [place.split([len(place) - LAYER, LAYER]) for place in torch.arange(sum(lengths)).split(lengths)]
@@ -212,9 +212,9 @@ def offset_t(mine: Sums, whole: Sums) -> Tensor:
 
 
 def offset_size(mine: Sums, whole: Sums) -> Tensor:
-    """[C] mean_r - mean over all forwards, in standard deviations of an image's mean."""
+    """[C] mean_r - mean over all forwards, in standard deviations of an image's mean; of a rank's, if none is seen."""
     mean_square = (whole.between_ranks + whole.between_images) / (whole.rank_freedom + whole.image_freedom)
-    return mine.offset / mine.forwards / (mean_square * mine.images / mine.forwards).sqrt()
+    return mine.offset / mine.forwards / (mean_square * (mine.images / mine.forwards).clamp(min=1)).sqrt()
 
 
 def lag_z(mean: Tensor, mean_square: Tensor, forwards: Tensor, runs: Tensor, momentum: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from syncbn.trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CHANCE = 0.1  # an ICC that batches of two have now and then
+
 # What is wrong with a layer shows in these, the weightiest first
 WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
 
@@ -79,7 +81,7 @@ class Story:
         known = {name: figures for name, figures in layers.items() if figures}
 
         def badness(name: str) -> tuple[float, float]:
-            return known[name].get("icc", 0.0), -known[name].get("n_eff", 0.0)
+            return max(known[name].get("icc", 0.0), CHANCE), -known[name].get("n_eff", 0.0)
 
         worst = sorted(known, key=badness, reverse=True)[:most]
         return {name: {figure: known[name][figure] for figure in WORST if figure in known[name]} for name in worst}

@@ -28,7 +28,7 @@ class Log:
     def stepped(self, step): ...
     def save(self, training): ...
 
-    def log(self, step, figures):
+    def log(self, step, figures, reading=None):
         self.losses |= {(step, name): value for name, value in figures.items() if name.endswith("/loss")}
 
 

@@ -41,7 +41,7 @@ class Log:
     def stepped(self, step):
         pass
 
-    def log(self, step, figures):
+    def log(self, step, figures, reading=None):
         self.lines.append((step, figures))
 
     def save(self, training):
