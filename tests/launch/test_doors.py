@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def test_python_train_leaves_one_whole_folder(trained):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "logs",
+        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "report.html", "logs",
     }  # fmt: skip
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
     assert {p.name for p in (folder / "logs").iterdir()} == {"rank0.log", "rank1.log"}
@@ -73,11 +74,14 @@ def test_metrics_are_written_down_with_their_units(trained):
     _, folder = trained
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 6]
-    assert lines[0].keys() == {
+    assert {key for key in lines[0] if not key.startswith("drift/")} == {
         "step", "time_s", "epoch", "train/loss", "train/accuracy", "train/lr", "train/images_per_s", "train/step_ms",
         "train/data_wait_share", "train/skipped_images",
     }  # fmt: skip
     assert lines[-1]["eval/images"] == 360
+    assert lines[0]["drift/verdicts"] == []
+    assert lines[0]["drift/blocks.2.bn2/n_eff"] > 1
+    assert len(lines[-1]["drift/rank_z"]["blocks.2.bn2"]) == 2
 
 
 def test_without_a_terminal_lines_are_plain_and_tell_where_all_lies(trained):
@@ -108,6 +112,51 @@ def test_wandb_has_the_same_figures_offline(trained):
     assert "eval/accuracy" in told
     assert "train/images_per_s" in told
     assert "digits-resnet8-sync-b4-train.steps_6-seed0" in told
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory):
+    """A run whose batches are too small for its norm."""
+    root = tmp_path_factory.mktemp("drifting")
+    options = ["norm=local", "data.batch_per_rank=2", "launch.nproc=2", "train.steps=40", "run.name=small"]
+    return run(PYTHON, *options, root=root), root / "small"
+
+
+SMALL = r"batch too small \(n_eff \d+ at [\w.]+\): use norm=sync or a larger group"
+
+
+def test_a_verdict_is_shown_when_it_comes_and_at_the_end(drifting):
+    done, folder = drifting
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^drift at step 30: {SMALL}$", done.stdout, re.M)
+    assert re.search(rf"^drift  +{SMALL}, steps 30 to 40$", done.stdout, re.M)
+    assert re.search(r"^worst layers +icc +n_eff +dmean_z", done.stdout, re.M)
+    (verdict,) = json.loads((folder / "result.json").read_text())["drift"]["verdicts"]
+    assert (verdict["kind"], verdict["first_step"], verdict["last_step"]) == ("batch too small", 30, 40)
+    assert re.search(SMALL, (folder / "report.html").read_text())
+
+
+def test_wandb_is_alerted_and_keeps_maps_and_tables_offline(drifting):
+    _, folder = drifting
+    (run_file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    inspect = [BIN / "wandb", "leet", "inspect", "--json", run_file]
+    told = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
+    records = [json.loads(line) for line in told.splitlines()]
+    (alert,) = (record["alert"] for record in records if record["type"] == "alert")
+    assert re.fullmatch(f"step 30: {SMALL}", alert["text"])
+    summaries = [record["summary"]["update"] for record in records if record["type"] == "summary"]
+    assert any(re.match(SMALL, update.get("verdict", "")) for update in summaries)
+    history = {key for record in records if record["type"] == "history" for key in record["history"]["item"]}
+    assert {
+        f"drift/blocks.2.bn2/{name}" for name in ("f", "icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
+    } <= history
+    media = {
+        path.parent.parent.name + "/" + path.name.split("_60")[0] for path in run_file.parent.glob("files/media/*/*/*")
+    }
+    assert {name.split("_40_")[0] for name in media} == {
+        *(f"images/map_{name}" for name in ("icc", "n_eff", "rank_z")),
+        *(f"table/by_{name}" for name in ("icc", "n_eff", "rank_z")),
+    }
 
 
 def test_torchrun_trains_the_same_run(trained, tmp_path):
