@@ -190,6 +190,7 @@ def picture(figure: "Figure") -> "Image":
     return PIL.Image.open(file)
 
 
+@_styled
 def svg(figure: "Figure", prefix: str) -> str:
     """The figure as an <svg> element to stand in an HTML page, the same bytes each time.
 

@@ -1,4 +1,4 @@
-"""The monitor on a GPU: the host never waits for it in a step, a CUDA graph replays it, and figures are those of a CPU."""
+"""The monitor on a GPU: the host waits for it in no step, a CUDA graph replays it, and its figures are a CPU's."""
 
 import pytest
 import torch

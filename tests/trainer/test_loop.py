@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import loop
+from syncbn.trainer import drift, loop
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
@@ -42,7 +42,7 @@ class Log:
         pass
 
     def log(self, step, figures, reading=None):
-        self.lines.append((step, figures))
+        self.lines.append((step, {**figures, **drift.flat(reading.layers)} if reading else figures))
 
     def save(self, training):
         self.saved.append(training.step)
