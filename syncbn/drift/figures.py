@@ -26,13 +26,27 @@ class Traits(NamedTuple):
     eps: Tensor
 
 
+def sizes(sums: Sums, layers: Layers, traits: Traits) -> dict[str, Tensor]:
+    """n_eff, lag and lag_logvar, [L] each, NaN where undefined. sums: over all ranks."""
+    layer, forwards = layers.by_layer(_without(_dead(layers.by_channel(sums)), sums)), sums.forwards[layers.of]
+    n_eff = statistics.effective_size(layer)
+
+    def root_mean_square(total: Tensor) -> Tensor:
+        return (layers.total((total / forwards).square()) / torch.tensor(layers.channels)).sqrt()
+
+    return {
+        "n_eff": torch.where(traits.synced, n_eff, n_eff * layer.values / layer.whole_values),
+        "lag": root_mean_square(sums.shift).where(traits.tracks, torch.nan),
+        "lag_logvar": root_mean_square(sums.ratio).where(traits.tracks, torch.nan),
+    }
+
+
 def figures(sums: Sums, layers: Layers, traits: Traits, ranks: int, windows: int) -> dict[str, Tensor]:
     """[L] each, NaN where undefined. sums: over all ranks and windows."""
     channel, dead = layers.by_channel(sums), _dead(layers.by_channel(sums))
     layer = layers.by_layer(_without(dead, sums))
-    eps, sizes = traits.eps[layers.of], torch.tensor(layers.channels)
+    eps, known = traits.eps[layers.of], sizes(sums, layers, traits)
     mean, var = channel.mean / channel.forwards, channel.var / channel.forwards
-    n_eff = statistics.effective_size(layer)
     # Layers that do not synchronise are observed in a part of each window
     runs = torch.where(traits.synced, 1.0, float(windows))
 
@@ -50,13 +64,13 @@ def figures(sums: Sums, layers: Layers, traits: Traits, ranks: int, windows: int
     return {
         "f": statistics.f_ratio(layer),
         "icc": statistics.intraclass_correlation(layer),
-        "n_eff": torch.where(traits.synced, n_eff, n_eff * layer.values / layer.whole_values),
-        "n_eff_synced": n_eff.where(~traits.synced, torch.nan),
+        "n_eff": known["n_eff"],
+        "n_eff_synced": statistics.effective_size(layer).where(~traits.synced, torch.nan),
         "dmean_z": z(channel.shift, channel.shift2),
         "dlogvar_z": z(channel.ratio, channel.ratio2),
-        "lag": root_mean_square(channel.shift / channel.forwards).where(traits.tracks, torch.nan),
-        "lag_logvar": root_mean_square(channel.ratio / channel.forwards).where(traits.tracks, torch.nan),
-        "kl": layers.total(channel.kl / channel.share) / sizes,
+        "lag": known["lag"],
+        "lag_logvar": known["lag_logvar"],
+        "kl": layers.total(channel.kl / channel.share) / torch.tensor(layers.channels),
         "dead": layers.total(dead.double()).where(layer.forwards > 0, torch.nan),
         "eps_dominated": layers.total((var < eps).double()).where(layer.forwards > 0, torch.nan),
         "conditioning": layers.most(mean.abs() / (var + eps).sqrt()).where(layer.forwards > 0, torch.nan),
@@ -105,10 +119,10 @@ def apart(mine: Sums, whole: Sums, layers: Layers) -> tuple[Tensor, Tensor]:
     """How far this rank stands apart for long, root mean square over channels: in multiples of chance, and in standard
     deviations of an image. [L] each."""
     whole, mine = layers.by_channel(whole), layers.by_channel(mine)
-    sizes, dead = torch.tensor(layers.channels), _dead(whole)
+    channels, dead = torch.tensor(layers.channels), _dead(whole)
     measures = statistics.offset_t(mine, whole), statistics.offset_size(mine, whole)
     t, size = (torch.where(dead | ~m.isfinite(), 0.0, m).square() for m in measures)
-    return (layers.total(t) / sizes).sqrt(), (layers.total(size) / sizes).sqrt()
+    return (layers.total(t) / channels).sqrt(), (layers.total(size) / channels).sqrt()
 
 
 def _without(dead: Tensor, sums: Sums) -> Sums:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from syncbn import collectives
 from syncbn.drift import verdicts
-from syncbn.drift.figures import Traits, apart, chance, figures
-from syncbn.drift.observer import LocalObserver, Observer, observed, prints
+from syncbn.drift.figures import Traits, apart, chance, figures, sizes
+from syncbn.drift.observer import LocalObserver, Prints, observed, stores
 from syncbn.drift.statistics import Layers, Sums
 from syncbn.drift.verdicts import Evidence, Verdict
 from syncbn.module import SyncBatchNorm
@@ -56,7 +56,7 @@ class DriftMonitor:
     A rank knows its own moments and, by the message that SyncBatchNorm sends anyway, those of the whole batch. What is
     left to be told is a sum over ranks, which may as well be added up over steps first, on the device. So messages do
     not grow, no step has one more, and the host waits in `read` alone. A layer that does not synchronise (nn.BatchNorm)
-    is watched in the first 8 forwards after each reading; what comes after such a layer it has levelled, so that ranks
+    is watched in the first 4 forwards after each reading; what comes after such a layer it has levelled, so that ranks
     are best compared in the first layers of a model that does not synchronise.
 
     Figures of a layer, over the last `horizon` readings:
@@ -74,7 +74,7 @@ class DriftMonitor:
     they come from the third reading on, and the one reading that speaks most for a verdict does not count.
 
     Args:
-        model: holds the layers to watch. If there are none, it says so, and reads nothing.
+        model: holds the layers to watch, converted already. If there are none, it says so, and reads nothing.
         level: "rank", or "image", which also measures what differs between images: on a CPU one more pass over x.
         alpha: the chance of a false alarm that is taken at each reading.
         horizon: readings that are judged together, 3 or more.
@@ -85,7 +85,7 @@ class DriftMonitor:
 
     Collective: every rank opens it, and reads it at the same steps. Opening sends a small message. Reading sends, over
     the default process group, 11 C + 8 float64 for each layer in one all_reduce, and 6 in one all_gather; for layers
-    that do not synchronise, 8 (2 C + 1) in one all_reduce more.
+    that do not synchronise, 4 (2 C + 1) in one all_reduce more.
 
     Source: docs/math.md, "Drift".
     """
@@ -96,14 +96,13 @@ class DriftMonitor:
         self._level, self._alpha = level, alpha
         self._ranks = 1 if self._everyone is None else self._everyone.size()
         self._agree()
-        self._observers: list[Observer | LocalObserver] = []
-        if not self._modules:
+        layers = list(self._modules.values())
+        self._stores = stores([layer for layer in layers if isinstance(layer, SyncBatchNorm)], level == "image")
+        self._local = [LocalObserver(one, level == "image") for one in layers if not isinstance(one, SyncBatchNorm)]
+        if not layers:
             self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
             return
-        self._layers = Layers([layer.num_features for layer in self._modules.values()])
-        for layer in self._modules.values():
-            synced = isinstance(layer, SyncBatchNorm)
-            self._observers.append((Observer if synced else LocalObserver)(layer, level == "image"))
+        self._layers, self._prints = Layers([layer.num_features for layer in layers]), Prints(layers)
         self._windows: deque[_Window] = deque(maxlen=horizon)
         self._hidden: set[str] = set()
         self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
@@ -118,14 +117,14 @@ class DriftMonitor:
         broken = torch.zeros(len(layers.channels)).index_add_(0, layers.of_all, (~whole.isfinite()).float()) > 0
         mine, whole = (t.masked_fill(broken[layers.of_all], 0.0) for t in (mine, whole))
         sums = self._seen(whole)
-        alone = self._warm(sums, figures(sums, layers, self._traits(), self._ranks, 1))
+        alone = self._warm(sums, sizes(sums, layers, self._traits()))
         between_ranks = (layers.total(sums.between_ranks) / sums.rank_freedom).nan_to_num(0)
         self._windows.append(_Window(mine, whole, alone, between_ranks))
         return self._judge(marks)
 
     def close(self) -> None:
         """Observe no more."""
-        for observer in self._observers:
+        for observer in (*self._local, *(observer for store in self._stores for observer in store.observers)):
             observer.close()
 
     def __enter__(self) -> "DriftMonitor":
@@ -136,15 +135,15 @@ class DriftMonitor:
 
     def _collect(self) -> tuple[Tensor, Tensor]:
         """This rank's packed Sums, and marks [L, 2] int64 of its running statistics; on the CPU, by one copy."""
-        local = [one for one in self._observers if isinstance(one, LocalObserver)]
-        if local:
-            messages = [one.messages() for one in local]
+        read = dict(found for store in self._stores for found in store.read())
+        if self._local:
+            messages = [one.messages() for one in self._local]
             together = collectives.sum_rows(torch.cat([m.flatten() for m in messages]), self._everyone)
-            for one, m, summed in zip(local, messages, together.split([m.numel() for m in messages]), strict=True):
-                one.compare_with(summed.view_as(m))
-        read = [one.read() for one in self._observers]
-        marks = torch.stack([prints(layer) for layer in self._modules.values()])
-        packed = torch.cat([self._layers.pack(read), marks.flatten().view(torch.float64)]).cpu()
+            summed = together.split([m.numel() for m in messages])
+            read |= {one.layer: one.read(s.view_as(m)) for one, s, m in zip(self._local, summed, messages, strict=True)}
+        sums = self._layers.pack([read[layer] for layer in self._modules.values()])
+        marks = self._prints.read(sums.device)
+        packed = torch.cat([sums, marks.flatten().view(torch.float64)]).cpu()
         sums, marks = packed.split([packed.numel() - marks.numel(), marks.numel()])
         return sums, marks.view(torch.int64).view(-1, 2)
 
@@ -160,7 +159,7 @@ class DriftMonitor:
         row = torch.stack([*apart(ours, now, layers), likely.offset + tests + math.log(self._ranks), self._groups(now)])
         row = torch.cat([row, marks.T.contiguous().view(torch.float64)])
         rows = collectives.gather_rows(row.flatten(), self._everyone).view(-1, 6, len(layers.channels))
-        z, sizes, offset_chance, groups = rows[:, :4].unbind(1)
+        z, offsets, offset_chance, groups = rows[:, :4].unbind(1)
         evidence = [
             Evidence(*one)
             for one in zip(
@@ -170,7 +169,7 @@ class DriftMonitor:
                 self._traits().synced.tolist(),
                 (likely.between_ranks + tests).tolist(),
                 offset_chance.T.tolist(),
-                sizes.T.tolist(),
+                offsets.T.tolist(),
                 strict=True,
             )
         ]
@@ -209,8 +208,8 @@ class DriftMonitor:
 
     def _typical(self) -> dict[str, Tensor]:
         """The median of the windows' own figures."""
-        names = "n_eff", "lag", "lag_logvar"
-        return {name: torch.stack([one.figures[name] for one in self._windows]).nanmedian(0).values for name in names}
+        found = [one.figures for one in self._windows]
+        return {name: torch.stack([one[name] for one in found]).nanmedian(0).values for name in found[0]}
 
     def _warm(self, sums: Sums, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """figures, without a lag while running statistics may still be on their way from where they began."""
@@ -241,6 +240,8 @@ class DriftMonitor:
 
     def _diverged(self, marks: Tensor, groups: Tensor) -> list[Verdict | None]:
         """The first layer whose running statistics differ. marks: [W, 2, L]; groups: [W, L]."""
+        if (marks == marks[0]).all():
+            return []
         for n, layer in enumerate(self._modules):
             for which, buffer in enumerate(("running_mean", "running_var")):
                 for group in sorted(set(groups[groups[:, n].isfinite(), n].tolist())):

@@ -8,72 +8,119 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import kernels
-from syncbn.drift.statistics import CHANNEL, LAYER, Running, add_up
+from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
 from syncbn.kernels import Form
 from syncbn.moments import Moments
 
-# Forwards that are added up at a time: so a forward costs one small copy, and the arithmetic a sixteenth
+# Forwards that are added up at a time, of all layers together: so that one costs a small copy and little more
 _SLOTS = 16
 # Forwards since the last reading that are kept of a layer that does not synchronise, to be compared when it is read
-_KEPT = 8
+_KEPT = 4
+
+
+def stores(layers: Sequence[Any], per_image: bool) -> list["Store"]:
+    """A Store for each device, of the layers on it."""
+    by_device: dict[torch.device, list[Any]] = {}
+    for layer in layers:
+        by_device.setdefault(_device(layer), []).append(layer)
+    return [Store(of_device, per_image) for of_device in by_device.values()]
+
+
+class Store:
+    """Of all SyncBatchNorms on a device: what they saw, forward by forward, and the Sums of it."""
+
+    def __init__(self, layers: Sequence[Any], per_image: bool):
+        self.layers = Layers([layer.num_features for layer in layers])
+        device = _device(layers[0])
+        lengths = [7 * n + 3 for n in self.layers.channels]
+        self._rows = torch.zeros(_SLOTS, sum(lengths), dtype=torch.float64, device=device)
+        self._of = self.layers.of.to(device)
+        eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
+        self._eps = eps[self.layers.of].to(device)
+        self._fields = _fields(self.layers.channels).to(device)
+        self._sums = torch.zeros(len(self.layers.of_all), dtype=torch.float64, device=device)
+        slots = self._rows.split(lengths, dim=1)
+        self.observers = [Observer(layer, per_image, self, s) for layer, s in zip(layers, slots, strict=True)]
+
+    def settle(self) -> None:
+        """Add up the forwards that are kept, and keep none."""
+        filled = max(observer.filled for observer in self.observers)
+        if not filled:
+            return
+        channels, layers = len(self._of), len(self.observers)
+        fields = self._rows[:filled, self._fields].split([channels] * 7 + [layers] * 3, dim=1)
+        first, second, mean, m2, between, *running, count, whole_count, images = fields
+        form = torch.tensor([one.form == "message" for one in self.observers]).to(self._of.device)[self._of]
+        local, whole = _moments(count, self._of, first, second, form), Moments(whole_count, mean, m2)
+        scale = 1 / (running[1] + self._eps)
+        sums = add_up(local, whole, between, images, whole, Running(*running), scale, self._eps, self._of)
+        self._sums += sums.packed()
+        self._rows[:filled] = 0
+        for observer in self.observers:
+            observer.filled = 0
+
+    def read(self) -> list[tuple[Any, Tensor]]:
+        """Each layer and its packed Sums since the last reading."""
+        self.settle()
+        own = [observer.sums for observer in self.observers]
+        read = self.layers.apart(self._sums + self.layers.pack(own).to(self._sums.device))
+        self._sums.zero_()
+        torch._foreach_zero_(own)  # pyright: ignore[reportPrivateImportUsage]
+        return [(observer.layer, sums) for observer, sums in zip(self.observers, read, strict=True)]
 
 
 class Observer:
-    """Of a SyncBatchNorm: it is told this rank's moments and the group's, and adds them up to Sums."""
+    """Of a SyncBatchNorm: it is told this rank's moments and the group's, and keeps them in the Store's slots.
 
-    def __init__(self, layer: Any, per_image: bool):
-        self.per_image = per_image
-        self._layer, self._channels = layer, layer.num_features
-        self._filled, self._form = 0, "row"
-        self._place(_device(layer))
+    sums: of forwards that are compiled, or captured in a CUDA graph, which do the same each time and count nothing.
+    """
+
+    def __init__(self, layer: Any, per_image: bool, store: Store, slots: Tensor):
+        self.per_image, self.filled, self.form = per_image, 0, "row"
+        self.layer, self._store, self._slots, self._channels = layer, store, slots, layer.num_features
+        self._place(slots.device)
         layer.observer = self
 
     def _place(self, device: torch.device) -> None:
-        self._rows = torch.zeros(_SLOTS, 7 * self._channels + 3, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(CHANNEL * self._channels + LAYER, dtype=torch.float64, device=device)
+        n = self._channels
+        self.sums = torch.zeros(CHANNEL * n + LAYER, dtype=torch.float64, device=device)
+        self._nothing = torch.zeros(n + 1, dtype=torch.float64, device=device)
+        self._of = torch.zeros(n, dtype=torch.int64, device=device)
 
     def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None:
-        layer, between = self._layer, between_images
-        if between is None:
-            between = packed.new_zeros(self._channels + 1)
+        layer, between = self.layer, self._nothing if between_images is None else between_images
         mean, var = layer.running_mean, layer.running_var
         if mean is None:
             mean, var = moments.mean, moments.unbiased_var
-        parts = (packed, moments.mean, moments.m2, moments.count.view(1), between, mean, var)
         if _is_recorded(packed):
-            self._sums.add_(self._added(torch.cat(parts).unsqueeze(0), form))
+            self._add(packed, form, between, moments, Running(mean, var))
             return
-        if self._sums.device != packed.device:
-            self._place(packed.device)
-            self._filled = 0
-        if form != self._form or self._filled == _SLOTS:
-            self._settle()
-            self._form = form
-        torch.cat(parts, out=self._rows[self._filled])
-        self._filled += 1
+        if self._slots.device != packed.device:
+            # The model was moved
+            if self.sums.device != packed.device:
+                self._place(packed.device)
+            self._add(packed, form, between.to(packed.device), moments, Running(mean, var))
+            return
+        if form != self.form or self.filled == _SLOTS:
+            self._store.settle()
+            self.form = form
+        parts = (packed, moments.mean, moments.m2, moments.count.view(1), between, mean, var)
+        torch.cat(parts, out=self._slots[self.filled])
+        self.filled += 1
+
+    def _add(self, packed: Tensor, form: str, between: Tensor, moments: Moments, running: Running) -> None:
+        n, eps = self._channels, self.layer.eps
+        first, second, count = packed.unsqueeze(0).split([n, n, 1], dim=1)
+        local = _moments(count, self._of, first, second, form == "message")
+        whole = Moments(moments.count.view(1, 1), moments.mean.unsqueeze(0), moments.m2.unsqueeze(0))
+        between, images = between.unsqueeze(0).split([n, 1], dim=1)
+        running = Running(*(t.double().unsqueeze(0) for t in running))
+        scale = 1 / (running.var + eps)
+        self.sums.add_(add_up(local, whole, between, images, whole, running, scale, eps, self._of).packed())
 
     def close(self) -> None:
-        if vars(self._layer).get("observer") is self:
-            del self._layer.observer
-
-    def read(self) -> Tensor:
-        """The packed Sums since the last reading, on the layer's device."""
-        self._settle()
-        sums = self._sums.clone()
-        self._sums.zero_()
-        return sums
-
-    def _settle(self) -> None:
-        if self._filled:
-            self._sums += self._added(self._rows[: self._filled], self._form)
-            self._filled = 0
-
-    def _added(self, rows: Tensor, form: str) -> Tensor:
-        n = self._channels
-        packed, mean, m2, count, between, images, *running = rows.split([2 * n + 1, n, n, 1, n, 1, n, n], dim=1)
-        whole, eps = Moments(count, mean, m2), self._layer.eps
-        scale = 1 / (running[1] + eps)
-        return add_up(_moments(packed, form), whole, between, images, whole, Running(*running), scale, eps).packed()
+        if vars(self.layer).get("observer") is self:
+            del self.layer.observer
 
 
 class LocalObserver:
@@ -83,7 +130,7 @@ class LocalObserver:
     """
 
     def __init__(self, layer: Any, per_image: bool):
-        self._per_image, self._layer, self._channels = per_image, layer, layer.num_features
+        self._per_image, self.layer, self._channels = per_image, layer, layer.num_features
         self._filled = 0
         self._place(_device(layer))
         self._hook = layer.register_forward_pre_hook(self._measure)
@@ -113,7 +160,7 @@ class LocalObserver:
             self._filled += 1
 
     def _row(self, x: Tensor) -> Tensor:
-        layer, local = self._layer, kernels.choose(x).moments(x.detach(), None, "row", self._per_image)
+        layer, local = self.layer, kernels.choose(x).moments(x.detach(), None, "row", self._per_image)
         between = local.between_images
         if between is None:
             between = local.packed.new_zeros(self._channels + 1)
@@ -124,36 +171,47 @@ class LocalObserver:
 
     def messages(self) -> Tensor:
         """[K, 2C + 1]: the moments of each forward that was kept, as messages: added over ranks, the whole's."""
-        count, mean, m2 = self._moments()
+        count, mean, m2 = self._moments(self._rows)
         return torch.cat([count * mean, m2 + count * mean.square(), count], dim=1)
 
-    def compare_with(self, summed: Tensor) -> None:
-        """summed: what all ranks' messages add up to; to be told before each reading."""
-        self._whole = _moments(summed, "message")
-
-    def read(self) -> Tensor:
-        """The packed Sums since the last reading, on the layer's device."""
-        n = self._channels
-        whole, local = self._whole, self._moments()
+    def read(self, summed: Tensor) -> Tensor:
+        """The packed Sums since the last reading. summed: what all ranks' messages add up to."""
+        n, eps = self._channels, self.layer.eps
+        total, squares, count = summed.split([n, n, 1], dim=1)
+        of = torch.zeros(n, dtype=torch.int64, device=summed.device)
+        whole, local = _moments(count, of, total, squares, True), self._moments(self._rows)
         between, images, *running = self._rows[:, 2 * n + 1 :].split([n, 1, n, n], dim=1)
         # One scale for all ranks, whose running statistics differ
-        scale = whole.count.sum() / (whole.m2.sum(0) + self._layer.eps * whole.count.sum()).clamp(min=1e-300)
-        sums = add_up(local, whole, between, images, local, Running(*running), scale, self._layer.eps).packed()
+        scale = whole.count.sum() / (whole.m2.sum(0) + eps * whole.count.sum()).clamp(min=1e-300)
+        sums = add_up(local, whole, between, images, local, Running(*running), scale, eps, of).packed()
         self._rows.zero_()
         self._filled = 0
         return sums
 
-    def _moments(self) -> Moments:
-        return _moments(self._rows[:, : 2 * self._channels + 1], "row")
+    def _moments(self, rows: Tensor) -> Moments:
+        mean, m2, count, _ = rows.split(
+            [self._channels, self._channels, 1, rows.size(1) - 2 * self._channels - 1], dim=1
+        )
+        return Moments(count, mean, m2)
 
 
-def _moments(packed: Tensor, form: str) -> Moments:
-    """Moments of each of K packed ones, [K, 2C + 1]: count [K, 1], mean and m2 [K, C]."""
-    count, (first, second) = packed[:, -1:], packed[:, :-1].chunk(2, dim=1)
-    if form == "row":
+def _moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: Tensor | bool) -> Moments:
+    """Moments of K packed ones: count [K, L], mean and m2 [K, C]. message: which are so packed, the others are rows."""
+    mean = first / count[:, of].clamp(min=1)
+    if message is True:
+        return Moments(count, mean, (second - first * mean).clamp(min=0))
+    if message is False:
         return Moments(count, first, second)
-    mean = first / count.clamp(min=1)
-    return Moments(count, mean, (second - first * mean).clamp(min=0))
+    m2 = (second - first * mean).clamp(min=0)
+    return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
+
+
+def _fields(channels: Sequence[int]) -> Tensor:
+    """Where in the rows of all layers, 7C + 3 each, the seven fields of channels are, and then the three of layers."""
+    rows = torch.arange(sum(7 * n + 3 for n in channels)).split([7 * n + 3 for n in channels])
+    of_each = [row.split([n, n, 1, n, n, 1, n, 1, n, n]) for n, row in zip(channels, rows, strict=True)]
+    in_order = (0, 1, 3, 4, 6, 8, 9, 2, 5, 7)
+    return torch.cat([fields[which] for which in in_order for fields in of_each])
 
 
 def _is_recorded(x: Tensor) -> bool:
@@ -173,15 +231,24 @@ def observed(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def prints(layer: Any) -> Tensor:
-    """[2] int64, of running_mean and running_var: equal on two ranks if and, but for a miracle, only if they are."""
-    return torch.stack([_print(layer.running_mean, layer), _print(layer.running_var, layer)])
+class Prints:
+    """Marks of layers' running statistics: equal on two ranks if and, but for a miracle, only if their bits are."""
 
+    def __init__(self, layers: Sequence[Any]):
+        self._layers = layers
+        lengths = [0 if b is None else b.numel() * b.element_size() // 4 for b in self._buffers()]
+        self._of = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        # Odd factors, which lose no bit, and another for each place
+        places = [torch.arange(n) for n in lengths]
+        self._factors = (2 * torch.cat(places) + 3) * 0x9E3779B97F4A7C1
 
-def _print(buffer: Tensor | None, layer: nn.Module) -> Tensor:
-    if buffer is None:
-        return torch.zeros((), dtype=torch.int64, device=_device(layer))
-    bits = buffer.detach().contiguous().view(torch.int64 if buffer.dtype == torch.float64 else torch.int32).long()
-    # Odd factors, which lose no bit, and another for each place
-    places = 2 * torch.arange(1, bits.numel() + 1, device=bits.device) + 1
-    return (bits * places * 0x9E3779B97F4A7C1).sum()
+    def _buffers(self) -> list[Tensor | None]:
+        return [b for layer in self._layers for b in (layer.running_mean, layer.running_var)]
+
+    def read(self, device: torch.device) -> Tensor:
+        """[L, 2] int64, of running_mean and running_var; 0 where there is none."""
+        bits = [b.detach().reshape(-1).view(torch.int32).to(device) for b in self._buffers() if b is not None]
+        marks = torch.zeros(2 * len(self._layers), dtype=torch.int64, device=device)
+        if bits:
+            marks.index_add_(0, self._of.to(device), torch.cat(bits).long() * self._factors.to(device))
+        return marks.view(-1, 2)

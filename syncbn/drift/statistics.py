@@ -78,11 +78,16 @@ class Layers:
         places = [place.split([len(place) - LAYER, LAYER]) for place in torch.arange(sum(lengths)).split(lengths)]
         by_channel = torch.cat([place.view(CHANNEL, -1) for place, _ in places], dim=1)
         by_layer = torch.stack([place for _, place in places], dim=1)
-        self._order = torch.cat([by_channel.flatten(), by_layer.flatten()])
+        self._lengths, self._order = lengths, torch.cat([by_channel.flatten(), by_layer.flatten()])
 
     def pack(self, packed: Sequence[Tensor]) -> Tensor:
         """The packed Sums of all layers together, of those of each."""
-        return torch.cat(list(packed))[self._order.to(packed[0].device)]
+        device = packed[0].device
+        return torch.cat([t.to(device) for t in packed])[self._order.to(device)]
+
+    def apart(self, packed: Tensor) -> list[Tensor]:
+        """The packed Sums of each layer, of those of all together."""
+        return list(torch.empty_like(packed).index_copy_(0, self._order.to(packed.device), packed).split(self._lengths))
 
     def unpack(self, packed: Tensor) -> Sums:
         """Sums of [C] and [L]."""
@@ -122,37 +127,41 @@ def add_up(
     tracked: Moments,
     running: Running,
     scale: Tensor,
-    eps: float,
+    eps: Tensor,
+    of: Tensor,
 ) -> Sums:
     """The Sums of K forwards.
 
     Args:
-        local, whole: Moments of this rank and of all that it is compared with, count [K, 1], mean and m2 [K, C].
-        between_images: [K, C], and images, [K, 1]: as in kernels.Local.
+        local, whole: Moments of this rank and of all that it is compared with, count [K, L], mean and m2 [K, C].
+        between_images: [K, C], and images, [K, L]: as in kernels.Local.
         tracked: the moments that the running statistics follow: whole's, or where nothing is synchronised local's.
         running: what they were before.
         scale: v, [K, C] or [C]; the same on every rank.
-        eps: the layer's, which keeps constants from being divided by 0.
+        eps: [C] the layers', which keeps constants from being divided by 0.
+        of: [C] the layer of each channel.
     """
     share = local.count / whole.count.clamp(min=1)
-    apart = local.mean - whole.mean
     here, seen = (local.count > 0).double(), (whole.count > 0).double()
-    known = (tracked.count > 0).double()
-    shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
-    ratio = known * ((tracked.unbiased_var + eps) / (running.var + eps)).log()
     freedom = here - share
+    count, known, apart = local.count[:, of], tracked.count[:, of] > 0, local.mean - whole.mean
+    # Of an empty rank or batch m2 is 0, and so is its variance
+    var, local_var = (m.m2 / m.count[:, of].clamp(min=1) for m in (whole, local))
+    unbiased = tracked.m2 / (tracked.count[:, of] - 1).clamp(min=1)
+    shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
+    ratio = known * ((unbiased + eps) / (running.var + eps)).log()
     terms = (
-        (scale * local.count).sqrt() * apart,
-        scale * local.count * apart.square(),
+        (scale * count).sqrt() * apart,
+        scale * count * apart.square(),
         scale * between_images,
         scale * whole.m2,
-        share * 0.5 * ((whole.var + eps) / (local.var + eps)).log(),
+        share[:, of] * 0.5 * ((var + eps) / (local_var + eps)).log(),
         shift,
         shift.square(),
         ratio,
         ratio.square(),
-        seen * whole.mean,
-        whole.var,
+        seen[:, of] * whole.mean,
+        var,
         seen,
         share,
         freedom,

@@ -46,7 +46,7 @@ OFFSETS = Kind(
 )
 # The first of these that was measured is drawn
 LIKENESS = {
-    "icc": Kind("ICC", "ICC", "How alike the images of one rank are, as against other ranks': 0 is chance", 0, 0.1),
+    "icc": Kind("ICC", "ICC", "How alike the images of one rank are, as against other ranks': 0 is chance", 0, 0.3),
     "f": Kind("F", "MSB/MSI", "Variance between ranks over variance within, of images: 1 is chance", 1, 2),
     "dmean_z": Kind("Batch against running mean", "z", "How far the batch is from the running mean: 1 is chance", 1, 4),
 }

@@ -80,10 +80,12 @@ def test_nothing_is_said_of_good_shards(sync, batch, level):
 def test_a_rank_whose_images_are_brighter_is_named(sync, batch, level):
     case = {"sync": sync, "batch": batch, "level": level, "shift": {2: 2.0}}
 
-    readings = run_ranks(read_all, 4, case, 5)[3]
+    # Of layers that do not synchronise fewer forwards are seen
+    first = 2 if sync else 5
+    readings = run_ranks(read_all, 4, case, first + 3)[3]
 
     assert not any(v.kind == "shards differ" for reading in readings[:2] for v in reading.verdicts), "two are too few"
-    for reading in readings[2:]:
+    for reading in readings[first:]:
         (verdict,) = (v for v in reading.verdicts if v.kind == "shards differ")
         assert verdict.rank == 2
         assert verdict.text.endswith("rank 2)")

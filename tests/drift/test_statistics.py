@@ -48,7 +48,8 @@ def sums_of(ranks, running=None):
         local, images = moments(values), torch.full((len(values), 1), float(values.size(1)), dtype=torch.float64)
         between = values.size(2) * (values.mean(2) - local.mean.unsqueeze(1)).square().sum(1)
         scale = torch.ones(channels, dtype=torch.float64)
-        each.append(add_up(local, whole, between, images, whole, running, scale, EPS))
+        eps, of = torch.full_like(scale, EPS), torch.zeros(channels, dtype=torch.int64)
+        each.append(add_up(local, whole, between, images, whole, running, scale, eps, of))
     return each, Sums(*(torch.stack(field).sum(0) for field in zip(*each, strict=True)))
 
 
