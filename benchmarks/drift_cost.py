@@ -1,13 +1,17 @@
-"""What a DriftMonitor costs: the time of training steps with it over that without, its reading at log steps included.
+"""What a DriftMonitor costs: the share of a training step that is spent in it, its reading at log steps included.
 
-    torchrun --nproc-per-node 2 -m benchmarks.drift_cost [--model resnet20 --size 32] [--device cpu]
+    torchrun --nproc-per-node 2 -m benchmarks.drift_cost [--model resnet20 --size 32 --images 8]
 
-Three copies of one net take turns, so that a slow minute of the machine meets all of them: off, and the two levels. A
-turn is the steps from one reading to the next, with SGD and DDP. One rank does as well, with nobody to send to.
+A turn is the steps from one reading to the next, with SGD and DDP; the seconds within the monitor's own functions are
+divided by the others of the same turn, so that a slow minute of the machine is in both. `--device cuda` compares whole
+turns with and without a monitor instead, by the GPU's clock. One rank does as well, with nobody to send to.
 """
 
 import argparse
 import os
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +19,17 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from benchmarks.timing import Step, gpu_clock, host_ms, machine, quartiles, ratios, turns
+from benchmarks.timing import Step, gpu_clock, machine, quartiles, ratios, turns
+from syncbn.drift.observer import Observer
+from syncbn.kernels import eager
 from syncbn.trainer import models
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.run import BROADCAST_BUFFERS
 from syncbn.trainer.world import schedule_as_batch
+
+LEVELS = ("off", "rank", "image")
+# All that a monitor adds to a step on a CPU, but for one copy of 2C + 1 numbers a layer
+OWN = (Observer, "observe"), (eager, "_totals_of_images"), (eager, "_between_images"), (syncbn.DriftMonitor, "read")
 
 
 def contestant(level: str, options: argparse.Namespace) -> Step:
@@ -46,6 +56,38 @@ def contestant(level: str, options: argparse.Namespace) -> Step:
     return turn
 
 
+class Clock:
+    """Seconds within some functions."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+
+    def watch(self, owner: Any, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.spent_s += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+
+def shares(turn: Step, clock: Clock, count: int) -> tuple[list[float], list[float]]:
+    """Quartiles over turns of the seconds in the monitor over the others, and of the others themselves."""
+    found, rest = [], []
+    for n in range(-2, count):
+        clock.spent_s, start = 0.0, time.perf_counter()
+        turn()
+        others = time.perf_counter() - start - clock.spent_s
+        if n >= 0:
+            found.append(clock.spent_s / others)
+            rest.append(others)
+    return quartiles(found), quartiles(rest)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
@@ -57,26 +99,45 @@ def main() -> None:
     options = parser.parse_args()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    if options.device == "cuda":
+    on_gpu = options.device == "cuda"
+    if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         torch.set_num_threads(1)
         schedule_as_batch()
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    steps = {level: contestant(level, options) for level in ("off", "rank", "image")}
-    # The same number of turns on every rank
-    clock = gpu_clock(1, queued=False) if options.device == "cuda" else host_ms
-    times = turns(steps, 0, clock, options.turns)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    lines = _on_gpu(options) if on_gpu else _on_cpu(options)
     if dist.get_rank() == 0:
         print(machine(options.device))
         told = f"{options.images} images of {options.size}², {options.turns} turns of {options.steps} steps"
-        print(f"{options.model}, {dist.get_world_size()} ranks × {told}")
-        for level in times:
-            low, middle, high = quartiles(times[level])
-            r_low, r_middle, r_high = ratios(times, level, "off")
-            a_step = f"{middle / options.steps:8.2f} ms a step ({low / options.steps:.2f} {high / options.steps:.2f})"
-            print(f"{level:<6} {a_step}   of off, turn by turn: {r_middle:.3f} ({r_low:.3f} {r_high:.3f})")
+        print(f"{options.model}, {dist.get_world_size()} ranks × {told}", *lines, sep="\n")
     dist.destroy_process_group()
+
+
+def _on_cpu(options: argparse.Namespace) -> list[str]:
+    clock, lines = Clock(), []
+    for owner, name in OWN:
+        clock.watch(owner, name)
+    for level in LEVELS[1:]:
+        share, rest = shares(contestant(level, options), clock, options.turns)
+        step_ms = 1e3 * rest[1] / options.steps
+        lines.append(
+            f"{level:<6} {share[1]:.2%} ({share[0]:.2%} {share[2]:.2%}) of a step of {step_ms:.1f} ms without it"
+        )
+    return lines
+
+
+def _on_gpu(options: argparse.Namespace) -> list[str]:
+    # The same number of turns on every rank
+    steps = {level: contestant(level, options) for level in LEVELS}
+    times = turns(steps, 0, gpu_clock(1, queued=False), options.turns)
+    lines = []
+    for level in LEVELS:
+        ratio, ms = ratios(times, level, "off"), quartiles(times[level])[1] / options.steps
+        lines.append(
+            f"{level:<6} {ms:8.2f} ms a step   of off, turn by turn: {ratio[1]:.3f} ({ratio[0]:.3f} {ratio[2]:.3f})"
+        )
+    return lines
 
 
 if __name__ == "__main__":

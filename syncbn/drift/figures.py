@@ -43,7 +43,8 @@ def sizes(sums: Sums, layers: Layers, traits: Traits) -> dict[str, Tensor]:
 
 def figures(sums: Sums, layers: Layers, traits: Traits, ranks: int, windows: int) -> dict[str, Tensor]:
     """[L] each, NaN where undefined. sums: over all ranks and windows."""
-    channel, dead = layers.by_channel(sums), _dead(layers.by_channel(sums))
+    channel = layers.by_channel(sums)
+    dead = _dead(channel)
     layer = layers.by_layer(_without(dead, sums))
     eps, known = traits.eps[layers.of], sizes(sums, layers, traits)
     mean, var = channel.mean / channel.forwards, channel.var / channel.forwards
@@ -88,7 +89,8 @@ class Chance(NamedTuple):
 
 
 def chance(mine: Sums, whole: Sums, layers: Layers) -> Chance:
-    channel, dead = layers.by_channel(whole), _dead(layers.by_channel(whole))
+    channel = layers.by_channel(whole)
+    dead = _dead(channel)
     layer = layers.by_layer(_without(dead, whole))
 
     def most(evidence: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ class DriftMonitor:
         layers, windows = self._layers, list(self._windows)
         mine, whole = (torch.stack([getattr(one, name) for one in windows]) for name in ("mine", "whole"))
         now, ours = self._seen(whole.sum(0)), self._seen(mine.sum(0))
-        found = figures(now, layers, self._traits(), self._ranks, len(windows))
+        traits = self._traits()
+        found = figures(now, layers, traits, self._ranks, len(windows))
         calm = self._without_strongest()
         likely = chance(self._seen((mine * calm).sum(0)), self._seen((whole * calm).sum(0)), layers)
         # What is tested: F of each layer, and the offset of each rank there
@@ -166,7 +167,7 @@ class DriftMonitor:
                 self._modules,
                 _by_layer(found),
                 _by_layer(self._typical()),
-                self._traits().synced.tolist(),
+                traits.synced.tolist(),
                 (likely.between_ranks + tests).tolist(),
                 offset_chance.T.tolist(),
                 offsets.T.tolist(),
@@ -183,6 +184,8 @@ class DriftMonitor:
     def _seen(self, packed: Tensor) -> Sums:
         """The Sums, without what images say in layers whose first dimension is not that of the batch."""
         sums = self._layers.unpack(packed)
+        if self._level == "rank":
+            return sums
         images = (sums.images / sums.forwards).round(decimals=6).nan_to_num(0)
         # Of two numbers that are as frequent, that of the earlier layers
         usual = Counter(images[images > 0].tolist()).most_common(1)
@@ -194,6 +197,8 @@ class DriftMonitor:
                     f"{name} does not see the batch's images as other layers do (a reshape?): f and icc need them, so "
                     "it is judged by what differs between ranks alone"
                 )
+        if not hidden.any():
+            return sums
         of_channel = hidden[self._layers.of]
         return sums._replace(
             between_images=sums.between_images.masked_fill(of_channel, 0.0),

@@ -32,15 +32,18 @@ class Store:
     def __init__(self, layers: Sequence[Any], per_image: bool):
         self.layers = Layers([layer.num_features for layer in layers])
         device = _device(layers[0])
-        lengths = [7 * n + 3 for n in self.layers.channels]
-        self._rows = torch.zeros(_SLOTS, sum(lengths), dtype=torch.float64, device=device)
+        channels = self.layers.channels
+        self._rows = torch.zeros(_SLOTS, sum(5 * n + 3 for n in channels), dtype=torch.float64, device=device)
+        # Apart, as a copy of two dtypes at once is a slow one
+        self._running = torch.zeros(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
         self._of = self.layers.of.to(device)
         eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
         self._eps = eps[self.layers.of].to(device)
-        self._fields = _fields(self.layers.channels).to(device)
+        self._fields, self._of_running = (order.to(device) for order in _orders(channels))
         self._sums = torch.zeros(len(self.layers.of_all), dtype=torch.float64, device=device)
-        slots = self._rows.split(lengths, dim=1)
-        self.observers = [Observer(layer, per_image, self, s) for layer, s in zip(layers, slots, strict=True)]
+        slots = self._rows.split([5 * n + 3 for n in channels], dim=1)
+        running = self._running.split([2 * n for n in channels], dim=1)
+        self.observers = [Observer(*one, per_image, self) for one in zip(layers, slots, running, strict=True)]
 
     def settle(self) -> None:
         """Add up the forwards that are kept, and keep none."""
@@ -48,12 +51,13 @@ class Store:
         if not filled:
             return
         channels, layers = len(self._of), len(self.observers)
-        fields = self._rows[:filled, self._fields].split([channels] * 7 + [layers] * 3, dim=1)
-        first, second, mean, m2, between, *running, count, whole_count, images = fields
+        fields = self._rows[:filled, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
+        first, second, mean, m2, between, count, whole_count, images = fields
+        running = Running(*self._running[:filled, self._of_running].double().chunk(2, dim=1))
         form = torch.tensor([one.form == "message" for one in self.observers]).to(self._of.device)[self._of]
         local, whole = _moments(count, self._of, first, second, form), Moments(whole_count, mean, m2)
-        scale = 1 / (running[1] + self._eps)
-        sums = add_up(local, whole, between, images, whole, Running(*running), scale, self._eps, self._of)
+        scale = 1 / (running.var + self._eps)
+        sums = add_up(local, whole, between, images, whole, running, scale, self._eps, self._of)
         self._sums += sums.packed()
         self._rows[:filled] = 0
         for observer in self.observers:
@@ -75,9 +79,10 @@ class Observer:
     sums: of forwards that are compiled, or captured in a CUDA graph, which do the same each time and count nothing.
     """
 
-    def __init__(self, layer: Any, per_image: bool, store: Store, slots: Tensor):
+    def __init__(self, layer: Any, slots: Tensor, running: Tensor, per_image: bool, store: Store):
         self.per_image, self.filled, self.form = per_image, 0, "row"
-        self.layer, self._store, self._slots, self._channels = layer, store, slots, layer.num_features
+        self.layer, self._store, self._channels = layer, store, layer.num_features
+        self._slots, self._running = slots, running
         self._place(slots.device)
         layer.observer = self
 
@@ -104,8 +109,9 @@ class Observer:
         if form != self.form or self.filled == _SLOTS:
             self._store.settle()
             self.form = form
-        parts = (packed, moments.mean, moments.m2, moments.count.view(1), between, mean, var)
+        parts = (packed, moments.mean, moments.m2, moments.count.view(1), between)
         torch.cat(parts, out=self._slots[self.filled])
+        torch.cat((mean, var), out=self._running[self.filled])
         self.filled += 1
 
     def _add(self, packed: Tensor, form: str, between: Tensor, moments: Moments, running: Running) -> None:
@@ -206,12 +212,21 @@ def _moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: 
     return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
 
 
-def _fields(channels: Sequence[int]) -> Tensor:
-    """Where in the rows of all layers, 7C + 3 each, the seven fields of channels are, and then the three of layers."""
-    rows = torch.arange(sum(7 * n + 3 for n in channels)).split([7 * n + 3 for n in channels])
-    of_each = [row.split([n, n, 1, n, n, 1, n, 1, n, n]) for n, row in zip(channels, rows, strict=True)]
-    in_order = (0, 1, 3, 4, 6, 8, 9, 2, 5, 7)
-    return torch.cat([fields[which] for which in in_order for fields in of_each])
+def _orders(channels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where in the rows of all layers the five fields of channels are, and then the three of layers; and in the running
+    statistics all means, and then all variances."""
+    rows = torch.arange(sum(5 * n + 3 for n in channels)).split([5 * n + 3 for n in channels])
+    of_each = [row.split([n, n, 1, n, n, 1, n, 1]) for n, row in zip(channels, rows, strict=True)]
+    running = [both.chunk(2) for both in torch.arange(2 * sum(channels)).split([2 * n for n in channels])]
+    return (
+        torch.cat([fields[which] for which in (0, 1, 3, 4, 6, 2, 5, 7) for fields in of_each]),
+        torch.cat([both[which] for which in (0, 1) for both in running]),
+    )
+
+
+def _dtype_of_running(layers: Sequence[Any]) -> torch.dtype:
+    dtypes = {torch.float64 if layer.running_var is None else layer.running_var.dtype for layer in layers}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float64
 
 
 def _is_recorded(x: Tensor) -> bool:

@@ -117,8 +117,12 @@ def _moments(
 
 def _sums_of_block(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
     """[2, C] float64, sum x and sum x²; [N, C], sum x of each image, if asked for."""
+    return _squares(x), _totals_of_images(x) if per_image else x.new_empty(0)
+
+
+def _totals_of_images(x: Tensor) -> Tensor:
     dims = list(range(2, x.dim()))
-    return _squares(x), (x.sum(dims) if dims else x) if per_image else x.new_empty(0)
+    return x.sum(dims) if dims else x
 
 
 def _between_images(totals: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
