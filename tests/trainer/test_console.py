@@ -1,9 +1,12 @@
 """What rank 0 shows, on a terminal and without one."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
+from syncbn import Verdict
 from syncbn.trainer.console import Screen
 
 WINDOW = {
@@ -50,3 +53,51 @@ def test_a_terminal_gets_a_bar_with_the_latest_figures():
     text = shown(terminal=True)
     assert "30/40" in text
     assert "loss 2.0000  accuracy 25.00%  100 images/s  data wait  0%" in text
+
+
+SHARDS = Verdict("shards differ", "shards differ (ICC 0.21 at bn2, rank 3)", "bn2", 3)
+SMALL = Verdict("batch too small", "batch too small (n_eff 6 at bn1): more", "bn1")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_drift_is_told_when_it_begins_and_ends_and_stands_beside_the_bar(terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
+    screen = Screen(40, console)
+    screen.start()
+    beside = []
+    for step, verdicts in (
+        (10, []),
+        (20, [SMALL]),
+        (30, [SHARDS, SMALL]),
+        (40, [SMALL._replace(text="again")]),
+        (50, []),
+    ):
+        screen.drift(step, verdicts)
+        if screen.bar:
+            beside.append(screen.bar.tasks[0].fields["drift"])
+    screen.stop()
+    assert re.findall(r"drift at step [^\x1b\n]*", console.file.getvalue()) == [
+        f"drift at step 20: {SMALL.text}",
+        f"drift at step 30: {SHARDS.text}",
+        "drift at step 40: no longer shards differ",
+        "drift at step 50: no longer batch too small",
+    ]
+    if terminal:
+        assert beside == [
+            "",
+            "drift: batch too small",
+            "drift: shards differ, batch too small",
+            "drift: batch too small",
+            "",
+        ]
+
+
+def test_a_table_lines_up_and_leaves_out_what_is_not_known():
+    console = Console(file=io.StringIO(), width=200, highlight=False, soft_wrap=True)
+    Screen(1, console).table({"bn1": {"icc": 0.123456, "n_eff": 12.0}, "layer4.bn2": {"n_eff": 7.0}}, "worst layers")
+    assert console.file.getvalue().splitlines() == [
+        "",
+        "worst layers     icc  n_eff",
+        "  bn1         0.1235     12",
+        "  layer4.bn2              7",
+    ]
