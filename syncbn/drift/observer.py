@@ -40,10 +40,14 @@ class Store:
         eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
         self._eps = eps[self.layers.of].to(device)
         self._fields, self._of_running = (order.to(device) for order in _orders(channels))
+        # On the device, as to send it there would be a wait
+        self._is_message = torch.zeros(sum(channels), dtype=torch.bool, device=device)
         self._sums = torch.zeros(len(self.layers.of_all), dtype=torch.float64, device=device)
         slots = self._rows.split([5 * n + 3 for n in channels], dim=1)
         running = self._running.split([2 * n for n in channels], dim=1)
-        self.observers = [Observer(*one, per_image, self) for one in zip(layers, slots, running, strict=True)]
+        forms = self._is_message.split(channels)
+        of_each = zip(layers, slots, running, forms, strict=True)
+        self.observers = [Observer(*one, per_image, self) for one in of_each]
 
     def settle(self) -> None:
         """Add up the forwards that are kept, and keep none."""
@@ -54,8 +58,8 @@ class Store:
         fields = self._rows[:filled, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
         first, second, mean, m2, between, count, whole_count, images = fields
         running = Running(*self._running[:filled, self._of_running].double().chunk(2, dim=1))
-        form = torch.tensor([one.form == "message" for one in self.observers]).to(self._of.device)[self._of]
-        local, whole = _moments(count, self._of, first, second, form), Moments(whole_count, mean, m2)
+        local = _moments(count, self._of, first, second, self._is_message)
+        whole = Moments(whole_count, mean, m2)
         scale = 1 / (running.var + self._eps)
         sums = add_up(local, whole, between, images, whole, running, scale, self._eps, self._of)
         self._sums += sums.packed()
@@ -79,10 +83,10 @@ class Observer:
     sums: of forwards that are compiled, or captured in a CUDA graph, which do the same each time and count nothing.
     """
 
-    def __init__(self, layer: Any, slots: Tensor, running: Tensor, per_image: bool, store: Store):
-        self.per_image, self.filled, self.form = per_image, 0, "row"
+    def __init__(self, layer: Any, slots: Tensor, running: Tensor, is_message: Tensor, per_image: bool, store: Store):
+        self.per_image, self.filled, self._form = per_image, 0, "row"
         self.layer, self._store, self._channels = layer, store, layer.num_features
-        self._slots, self._running = slots, running
+        self._slots, self._running, self._is_message = slots, running, is_message
         self._place(slots.device)
         layer.observer = self
 
@@ -106,9 +110,10 @@ class Observer:
                 self._place(packed.device)
             self._add(packed, form, between.to(packed.device), moments, Running(mean, var))
             return
-        if form != self.form or self.filled == _SLOTS:
+        if form != self._form or self.filled == _SLOTS:
             self._store.settle()
-            self.form = form
+            self._is_message.fill_(form == "message")
+            self._form = form
         parts = (packed, moments.mean, moments.m2, moments.count.view(1), between)
         torch.cat(parts, out=self._slots[self.filled])
         torch.cat((mean, var), out=self._running[self.filled])

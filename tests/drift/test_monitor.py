@@ -64,7 +64,7 @@ def read_all(rank, case, readings=4, every=10):
 
 
 @pytest.mark.parametrize("level", ["rank", "image"])
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
 def test_nothing_is_said_of_good_shards(sync, batch, level):
     ranks = run_ranks(read_all, 4, {"sync": sync, "batch": batch, "level": level}, 12)
@@ -231,6 +231,7 @@ def compiled(rank, sync, compile_it):
         return monitor.read().layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
 def test_compiled_layers_are_observed_in_one_graph(sync):
     want = run_ranks(compiled, 2, sync, False)[0]

@@ -67,7 +67,7 @@ def test_measuring_changes_no_bit_of_what_is_learnt(norm, level):
     assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9}], ids=["plain", "ema"])
+@pytest.mark.parametrize("extra", [{}, pytest.param({"ema": 0.9}, marks=pytest.mark.slow)], ids=["plain", "ema"])
 def test_recalibrating_shows_what_running_statistics_miss_and_changes_nothing(extra):
     settings = {"train": {**STEPS["train"], **extra}}
     _, _, want, plain = run_ranks(train, 2, settings)[0]

@@ -48,7 +48,13 @@ AWKWARD = {
 }
 
 
-@pytest.fixture(params=AWKWARD.values(), ids=AWKWARD)
+LARGE = ("53 layers", "160 layers, 300 ranks")
+
+
+@pytest.fixture(
+    params=[pytest.param(make, marks=pytest.mark.slow if name in LARGE else ()) for name, make in AWKWARD.items()],
+    ids=AWKWARD,
+)
 def awkward(request, tmp_path):
     request.param(tmp_path / "run")
     return tmp_path / "run"
@@ -238,6 +244,7 @@ def test_a_mistake_is_told_in_one_line(tmp_path, capsys, monkeypatch, arguments,
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes_and_no_traceback(tmp_path):
     def command(folder):
         line = [sys.executable, "-m", "syncbn.trainer.report", str(folder)]
