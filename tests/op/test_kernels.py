@@ -303,4 +303,4 @@ def test_every_kernel_compiles_for_a_gpu_without_spilling_and_reads_16_bytes_at_
     for line in done.stdout.splitlines():
         assert "STACK:0" in line, line
         assert "LOCAL:0" in line, line
-        assert "v4.b32" in line or line.startswith(("merge", "add_sums")), line
+        assert "v4.b32" in line or line.startswith(("merge", "between_images", "add_sums")), line
