@@ -105,6 +105,7 @@ class DriftMonitor:
         self._layers, self._prints = Layers([layer.num_features for layer in layers]), Prints(layers)
         self._windows: deque[_Window] = deque(maxlen=horizon)
         self._hidden: set[str] = set()
+        self._said: set[str] = set()
         self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
 
     def read(self) -> Reading:
@@ -176,8 +177,10 @@ class DriftMonitor:
         ]
         wrong = self._diverged(rows[:, 4:].contiguous().view(torch.int64), groups)
         if len(windows) >= _ENOUGH:
-            shards = verdicts.shards_differ(evidence, self._alpha)
-            wrong += [shards, verdicts.running_statistics_lag(evidence), verdicts.batch_too_small(evidence)]
+            wrong.append(verdicts.shards_differ(evidence, self._alpha))
+            wrong.append(verdicts.running_statistics_lag(evidence, "running statistics lag" in self._said))
+            wrong.append(verdicts.batch_too_small(evidence, "batch too small" in self._said))
+        self._said = {one.kind for one in wrong if one}
         by_layer = {one.layer: dict(one.figures) for one in evidence}
         return Reading(by_layer, dict(zip(self._modules, z.T.tolist(), strict=True)), [one for one in wrong if one])
 
