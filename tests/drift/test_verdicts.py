@@ -6,6 +6,7 @@ from syncbn.drift import verdicts
 from syncbn.drift.verdicts import Evidence
 
 SURE, UNSURE = -50.0, -1.0
+RANK_1 = (UNSURE, SURE, UNSURE, UNSURE)
 
 
 def evidence(
