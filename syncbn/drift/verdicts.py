@@ -66,7 +66,6 @@ def shards_differ(layers: Sequence[Evidence], alpha: float) -> Verdict | None:
     """alpha: the chance of a false alarm that is taken."""
     sure = math.log(alpha)
     apart = [one for one in layers if one.log_chance < sure and one.figures.get("icc", 0) > SMALL_ICC]
-    # The two ranks of a pair stand apart from each other alike
     ranks = [
         (offset, rank, one)
         for one in layers
@@ -76,6 +75,7 @@ def shards_differ(layers: Sequence[Evidence], alpha: float) -> Verdict | None:
     furthest = max(ranks, key=lambda found: found[0], default=None)
     if not apart and furthest is None:
         return None
+    # The two ranks of a pair stand apart from each other alike
     rank = furthest[1] if furthest and len(layers[0].offsets) > 2 else None
     if apart:
         layer = max(apart, key=lambda one: one.figures["icc"])

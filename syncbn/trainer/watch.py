@@ -129,11 +129,12 @@ class Watch:
         try:
             report.write(self.folder.path)
             maps = report.heat_maps(read(self.folder.path))
+            pictures = {f"drift/map_{name}": plots.picture(figure) for name, (_, figure) in maps.items()}
         except Exception as error:
-            log.warning("no report was written: %s", error)
+            log.warning("the report is not whole: %s", error)
             return
         self.tracker.keep(
-            pictures={f"drift/map_{name}": plots.picture(figure) for name, (_, figure) in maps.items()},
+            pictures=pictures,
             tables={f"drift/by_{name}": (["layer", g.along, name], g.cells()) for name, (g, _) in maps.items()},
             summary={f"verdict{i or ''}": text for i, text in enumerate(self.what_drifted())},
         )
