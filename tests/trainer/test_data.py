@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from syncbn.trainer import data
 from syncbn.trainer.data import AugmentConfig, DataConfig
-from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
-from syncbn.trainer.data.sources import SOURCES
+from syncbn.trainer.data.sampler import EvalSampler, TrainSampler, slice_of
+from syncbn.trainer.data.sources import SOURCES, InMemory, fingerprint
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 from tests.trainer.images import image_folder, write_image
@@ -20,12 +22,12 @@ CPU = torch.device("cpu")
 ALL = AugmentConfig(pad=2, flip=True, policy="trivial", erase=0.5, mixup=0.5, cutmix=0.5)
 
 
-def steps_of(world_size, batch_per_rank, accumulate, steps, start=0):
+def steps_of(world_size, global_batch, accumulate, steps, start=0):
     """The keys of each optimiser step, all ranks together, in the order of the shuffle."""
     ranks = [
         TrainSampler(
             101,
-            batch_per_rank=batch_per_rank,
+            global_batch=global_batch,
             rank=rank,
             world_size=world_size,
             seed=7,
@@ -38,13 +40,38 @@ def steps_of(world_size, batch_per_rank, accumulate, steps, start=0):
     return [[key for _ in range(accumulate) for stream in streams for key in next(stream)] for _ in range(steps)]
 
 
-@pytest.mark.parametrize(("world_size", "batch", "accumulate"), [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    ("world_size", "batch", "accumulate"),
+    [(1, 8, 1), (2, 8, 1), (3, 8, 1), (4, 8, 1), (5, 8, 1), (7, 8, 1), (2, 4, 2), (3, 4, 2), (1, 1, 8), (3, 1, 8)],
+)
 def test_a_step_takes_the_same_samples_on_any_number_of_ranks(world_size, batch, accumulate):
     assert steps_of(world_size, batch, accumulate, steps=30) == steps_of(1, 8, 1, steps=30)
 
 
+SHARES = {(8, 4): [2, 2, 2, 2], (6, 2): [3, 3], (8, 3): [2, 2, 4], (6, 4): [2, 2, 2, 0], (5, 2): [2, 3], (1, 2): [1, 0]}
+
+
+@pytest.mark.parametrize(("batch", "ranks"), SHARES, ids=str)
+def test_ranks_share_a_forward_as_here(batch, ranks):
+    assert [len(slice_of(batch, rank, ranks)) for rank in range(ranks)] == SHARES[batch, ranks]
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+@settings(derandomize=True, deadline=None)
+def test_ranks_share_a_forward_evenly_and_in_whole_pairs(batch, ranks):
+    slices = [slice_of(batch, rank, ranks) for rank in range(ranks)]
+    assert [place for part in slices for place in part] == list(range(batch))
+    sizes = [len(part) for part in slices]
+    assert sizes[0] > 0
+    if batch % ranks == 0:
+        assert set(sizes) == {batch // ranks}
+    else:
+        assert max(sizes) - min(sizes) <= 2
+        assert all(part.start % 2 == 0 for part in slices if part)
+
+
 def test_an_epoch_takes_no_sample_twice_and_the_next_shuffles_anew():
-    steps = steps_of(2, 4, 1, steps=24)  # 12 whole steps of 8 in 101
+    steps = steps_of(2, 8, 1, steps=24)  # 12 whole steps of 8 in 101
     first, second = [k for s in steps[:12] for k in s], [k for s in steps[12:] for k in s]
     assert len({index for _, index in first}) == len(first) == 96
     assert {epoch for epoch, _ in first} == {0}
@@ -53,7 +80,7 @@ def test_an_epoch_takes_no_sample_twice_and_the_next_shuffles_anew():
 
 
 def test_the_stream_can_start_at_any_step():
-    assert steps_of(2, 4, 1, steps=10, start=17) == steps_of(2, 4, 1, steps=27)[17:]
+    assert steps_of(2, 8, 1, steps=10, start=17) == steps_of(2, 8, 1, steps=27)[17:]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
@@ -64,8 +91,8 @@ def test_eval_takes_every_sample_exactly_once(world_size):
     assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
 
 
-def batches_of(config, rank=0, size=1, count=3, seed=3):
-    built = data.build(config, World(rank, size, CPU), seed=seed)
+def batches_of(config, rank=0, size=1, count=3, seed=3, **options):
+    built = data.build(config, World(rank, size, CPU), seed=seed, **options)
     return list(islice(iter(built.train), count))
 
 
@@ -78,6 +105,41 @@ def test_augmentation_of_a_sample_does_not_depend_on_rank_or_workers():
         for field in "images", "labels":
             shares = torch.cat([getattr(rank[step], field) for rank in two])
             assert torch.equal(getattr(whole, field), shares), field
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_a_run_keeps_its_steps_on_another_number_of_ranks(size):
+    config = DataConfig(batch_per_rank=12, augment=ALL)
+    whole = batches_of(config, count=4)
+    ranks = [batches_of(config, rank, size, 2, global_batch=12, start=2) for rank in range(size)]
+    for step in range(2):
+        for field in "images", "labels":
+            shares = [getattr(rank[step], field) for rank in ranks if len(rank[step].images)]
+            assert torch.equal(getattr(whole[2 + step], field), torch.cat(shares)), field
+
+
+def test_shares_weigh_the_ranks_means_to_the_mean_over_the_global_batch():
+    config = DataConfig(batch_per_rank=4)
+    for size, want in ((2, [1.0, 1.0]), (3, [0.75, 0.75, 1.5]), (6, [1.5] * 4 + [0.0] * 2)):
+        built = [data.build(config, World(rank, size, CPU), seed=0, global_batch=8) for rank in range(size)]
+        assert [rank.share for rank in built] == want
+        assert {rank.global_batch for rank in built} == {8}
+    alone = data.build(config, World(1, 3, CPU), seed=0)
+    assert (alone.global_batch, alone.share) == (12, 1.0)
+
+
+def test_a_rank_without_images_has_an_empty_batch_of_their_shape():
+    built = data.build(DataConfig(batch_per_rank=1), World(1, 2, CPU), seed=0, global_batch=1)
+    batch = next(iter(built.train))
+    assert batch.images.shape == (0, 3, 8, 8)
+    assert batch.labels.shape == (0,)
+
+
+def test_the_sample_of_training_is_the_same_wherever_the_run_goes_on():
+    built = data.build(DataConfig(), World(0, 1, CPU), seed=0, start=400)
+    sample, first = next(iter(built.sample)), next(iter(data.build(DataConfig(), World(0, 1, CPU), seed=0).train))
+    assert torch.equal(sample.images, first.images)
+    assert not torch.equal(sample.images, next(iter(built.train)).images)
 
 
 def test_augmentation_differs_between_epochs_and_seeds():
@@ -219,9 +281,56 @@ def test_imagenet_is_read_from_its_folders(tmp_path):
     assert next(iter(built.train)).images.shape == (4, 3, 8, 8)
 
 
+def fingerprint_of(**options):
+    return data.build(DataConfig(**{"batch_per_rank": 1, **options}), World(0, 1, CPU), seed=0).fingerprint
+
+
+def test_a_fingerprint_is_the_same_wherever_the_data_lies(tmp_path, monkeypatch):
+    for root in "here", "else where/é/":
+        image_folder(tmp_path / root, {"ant": 2, "bee": 3}, {"bee": 1})
+    monkeypatch.chdir(tmp_path)
+    first, *others = (
+        fingerprint_of(name="image_folder", root=root)
+        for root in ("here", "./here/", f"{tmp_path}//here", "else where/é/")
+    )
+    assert (first["train"], first["eval"], first["classes"]) == (5, 1, 2)
+    assert others == [first] * 3
+    assert fingerprint_of() == {"train": 1437, "eval": 360, "classes": 10, "digest": "4ce10edef835fddd51ccca05d5823693"}
+
+
+OTHER_FOLDERS = {
+    "a file more": lambda root: write_image(root / "train" / "ant" / "more.jpg", 1),
+    "a file of another name": lambda root: (root / "train" / "ant" / "0000.jpg").rename(root / "train/ant/zero.jpg"),
+    "a file in another class": lambda root: (root / "train/bee/0002.jpg").rename(root / "train/ant/0002.jpg"),
+    "a class of another name": lambda root: (root / "train/ant").rename(root / "train/aunt"),
+    "another file for eval": lambda root: (root / "test/bee/0000.jpg").rename(root / "test/bee/0001.jpg"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_FOLDERS.values(), ids=OTHER_FOLDERS)
+def test_a_fingerprint_tells_other_data(tmp_path, change):
+    root = image_folder(tmp_path, {"ant": 2, "bee": 3}, {"bee": 1})
+    config = {"name": "image_folder", "root": str(root)}
+    before = fingerprint_of(**config)
+    change(root)
+    assert fingerprint_of(**config)["digest"] != before["digest"]
+
+
+def test_a_fingerprint_tells_other_labels_and_noise():
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    of = [
+        fingerprint(InMemory(images, labels, "ab"), InMemory(images, [0, 0, 0], "ab"))
+        for labels in ([0, 1, 1], [1, 0, 1])
+    ]
+    of += [fingerprint_of(name="fake", fake_samples=n, fake_classes=k) for n, k in ((50, 10), (51, 10), (51, 11))]
+    assert len({each["digest"] for each in of}) == 5
+
+
 def test_too_few_images_for_one_step():
     with pytest.raises(UserError, match="takes 4000 images and there are 1437"):
         data.build(DataConfig(batch_per_rank=1000), World(0, 2, CPU), seed=0, accumulate=2)
+    with pytest.raises(UserError, match="a global batch of 800, 2 times a step, takes 1600 images and there are 1437"):
+        data.build(DataConfig(), World(0, 3, CPU), seed=0, accumulate=2, global_batch=800)
 
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"

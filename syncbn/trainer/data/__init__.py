@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
-from syncbn.trainer.data.sources import SOURCES
+from syncbn.trainer.data.sources import SOURCES, fingerprint
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 
@@ -87,7 +87,10 @@ class Batches:
 class Data(NamedTuple):
     """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration.
 
-    sample: the first batches of training, from the start with each iteration, which leaves train as it is.
+    sample: the first batches of training, from step 0 with each iteration, which leaves train as it is.
+    global_batch: training images of one forward of all ranks together. share: this rank's images in it over the mean
+    of the ranks': the mean over ranks of share times the rank's own mean is the mean over the global batch.
+    fingerprint: what the data set holds, the same wherever it lies.
     """
 
     train: Batches
@@ -95,6 +98,9 @@ class Data(NamedTuple):
     sample: Batches
     steps_per_epoch: int
     classes: list[str]
+    global_batch: int
+    share: float
+    fingerprint: dict[str, Any]
 
 
 def build(
@@ -104,15 +110,28 @@ def build(
     seed: int,
     accumulate: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
+    global_batch: int | None = None,
+    start: int = 0,
 ) -> Data:
-    """The data set of the config, shared out over the world's ranks."""
+    """The data set of the config, shared out over the world's ranks.
+
+    Args:
+        global_batch: training images of one forward of all ranks together; None: config.batch_per_rank on each. With
+            it, a run that goes on with another number of ranks keeps its steps.
+        start: the optimiser step that train begins with.
+    """
     train, test = SOURCES[config.name](config)
-    share = {"rank": world.rank, "world_size": world.size}
-    sampler = TrainSampler(len(train), batch_per_rank=config.batch_per_rank, seed=seed, accumulate=accumulate, **share)
+    ranks = {"rank": world.rank, "world_size": world.size}
+    told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
+    if global_batch is None:
+        global_batch = config.batch_per_rank * world.size
+    elif global_batch != config.batch_per_rank * world.size:
+        told = f"a global batch of {global_batch}"
+    stream = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
+    sampler = TrainSampler(len(train), start=start, **stream)
     if sampler.steps_per_epoch == 0:
         raise UserError(
-            f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks, {accumulate} times a step, takes "
-            f"{sampler.step_size} images and there are {len(train)}: lower it"
+            f"{told}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
     training = Samples(
         train,
@@ -123,7 +142,7 @@ def build(
         cache=config.cache,
     )
     evaluation = Samples(test, eval_transform(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache)
-    eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **share)
+    eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)
 
     def batches(samples: Samples, sampler: TrainSampler | EvalSampler, workers: int = config.workers) -> Batches:
         loader = DataLoader(
@@ -140,9 +159,12 @@ def build(
     return Data(
         batches(training, sampler),
         batches(evaluation, eval_sampler),
-        batches(training, sampler, workers=0),
+        batches(training, TrainSampler(len(train), **stream), workers=0),
         sampler.steps_per_epoch,
         [*train.classes],
+        global_batch,
+        len(sampler.mine) * world.size / global_batch,
+        fingerprint(train, test),
     )
 
 

@@ -14,18 +14,36 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
+def slice_of(global_batch: int, rank: int, world_size: int) -> range:
+    """The places of one forward's samples that a rank takes: consecutive, and as even as can be.
+
+    If the ranks cannot have equally many, they have whole pairs of neighbours, which mixup joins: perhaps none. (Equal
+    shares of an odd number split pairs, so that mixup then depends on the number of ranks, as nothing else does.)
+    """
+    if global_batch % world_size == 0:
+        begin, end = (r * global_batch // world_size for r in (rank, rank + 1))
+        return range(begin, end)
+    least, more = divmod(-(-global_batch // 2), world_size)
+    # The last pair may be half a pair, so the last ranks take one more; but rank 0 is never the one without any
+    first_to_take_more = world_size - more if least else 0
+    begin, end = (
+        min(global_batch, 2 * (least * r + min(more, max(0, r - first_to_take_more)))) for r in (rank, rank + 1)
+    )
+    return range(begin, end)
+
+
 class TrainSampler:
     """An endless stream of this rank's batches, starting at any step.
 
-    Step s of an epoch takes the next batch_per_rank * world_size * accumulate samples of that epoch's shuffle, so the
-    samples of a step do not depend on how many ranks share them. An epoch ends where a whole step no longer fits.
+    Step s of an epoch takes the next global_batch * accumulate samples of that epoch's shuffle, so the samples of a
+    step do not depend on how many ranks share them. An epoch ends where a whole step no longer fits.
     """
 
     def __init__(
         self,
         samples: int,
         *,
-        batch_per_rank: int,
+        global_batch: int,
         rank: int,
         world_size: int,
         seed: int,
@@ -33,18 +51,17 @@ class TrainSampler:
         start: int = 0,
     ):
         self.samples, self.seed, self.start = samples, seed, start
-        self.batch_per_rank, self.rank = batch_per_rank, rank
-        self.micro_batch = batch_per_rank * world_size
-        self.step_size = self.micro_batch * accumulate
+        self.global_batch = global_batch  # samples of one forward of all ranks together
+        self.mine = slice_of(global_batch, rank, world_size)
+        self.step_size = global_batch * accumulate
         self.steps_per_epoch = samples // self.step_size
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, step = divmod(self.start, self.steps_per_epoch)
         while True:
             order = self.shuffle(epoch)
-            for begin in range(step * self.step_size, self.steps_per_epoch * self.step_size, self.micro_batch):
-                mine = begin + self.rank * self.batch_per_rank
-                yield [(epoch, index) for index in order[mine : mine + self.batch_per_rank]]
+            for begin in range(step * self.step_size, self.steps_per_epoch * self.step_size, self.global_batch):
+                yield [(epoch, order[begin + place]) for place in self.mine]
             epoch, step = epoch + 1, 0
 
     def shuffle(self, epoch: int) -> list[int]:

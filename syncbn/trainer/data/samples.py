@@ -38,7 +38,7 @@ class Samples(torch.utils.data.Dataset):
     ):
         self.images, self.transform, self.mix = images, transform, mix
         self.seed, self.skip_broken = seed, skip_broken
-        self.shape = torch.Size([3, 32, 32])  # of the images so far: what an empty batch pretends to hold
+        self.shape: torch.Size | None = None  # of the images so far: what an empty batch pretends to hold
         self.decoded: dict[int, tuple[Tensor, int]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Samples(torch.utils.data.Dataset):
             raise UserError(f"images have different shapes {shapes}: data.size=N brings them to N×N")
         if images:
             self.shape = images[0].shape
-        stacked = torch.stack(images) if images else torch.zeros(0, *self.shape, dtype=torch.uint8)
+        stacked = torch.stack(images) if images else torch.zeros(0, *self._shape(), dtype=torch.uint8)
         batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
         return batch if self.mix is None else self._mixed(batch, kept, self.mix)
 
@@ -83,6 +83,14 @@ class Samples(torch.utils.data.Dataset):
             images[begin : begin + 2], pair = mix(images[begin : begin + 2], batch.labels[begin : begin + 2])
             labels.append(pair)
         return batch._replace(images=images, labels=torch.cat(labels) if labels else batch.labels)
+
+    def _shape(self) -> torch.Size:
+        if self.shape is None:
+            try:
+                self.shape = self.transform(self._load(0)[0]).shape
+            except UserError:  # it is broken, and another rank's to tell
+                return torch.Size([3, 32, 32])
+        return self.shape
 
     def _load(self, index: int) -> tuple[Tensor, int]:
         if self.decoded is not None and index in self.decoded:

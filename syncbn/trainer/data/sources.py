@@ -1,7 +1,9 @@
 """Where images come from: each source is a pair (train, eval) of labelled uint8 images."""
 
 import gzip
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,13 +20,17 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message."""
+    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message.
+
+    told() tells them from others of the same number and classes, without reading any: labels, file names.
+    """
 
     classes: Sequence[str]
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
     def where(self, index: int) -> str: ...
+    def told(self) -> Iterator[bytes]: ...
 
 
 class Torchvision:
@@ -45,6 +51,20 @@ class Torchvision:
         files = getattr(self.dataset, "samples", None)
         return files[index][0] if files else f"image {index} of {type(self.dataset).__name__}"
 
+    def told(self) -> Iterator[bytes]:
+        yield _packed(self.dataset.targets)
+        if files := getattr(self.dataset, "samples", None):
+            root = str(self.dataset.root)
+            names = "\n".join(path.removeprefix(root).lstrip(os.sep) for path, _ in files)
+            yield names.replace(os.sep, "/").encode(errors="surrogateescape")
+
+
+class Fake(Torchvision):
+    """Torchvision's noise, whose labels are drawn with the images."""
+
+    def told(self) -> Iterator[bytes]:
+        yield repr((self.dataset.num_classes, self.dataset.image_size, self.dataset.random_offset)).encode()
+
 
 class InMemory:
     """Images held as one tensor [N, C, H, W]."""
@@ -60,6 +80,26 @@ class InMemory:
 
     def where(self, index: int) -> str:
         return f"image {index}"
+
+    def told(self) -> Iterator[bytes]:
+        yield _packed(self.labels)
+
+
+def fingerprint(train: Images, test: Images) -> dict[str, Any]:
+    """What the data set holds: {"train": n, "eval": n, "classes": n, "digest": hex}, the same wherever it lies.
+
+    The digest is of the classes, labels and file names, in their order, and not of what the images show.
+    """
+    digest = blake2b(digest_size=16)
+    for part in train, test:
+        digest.update(repr((len(part), [*part.classes])).encode())
+        for piece in part.told():
+            digest.update(piece)
+    return {"train": len(train), "eval": len(test), "classes": len(train.classes), "digest": digest.hexdigest()}
+
+
+def _packed(labels: Sequence[int] | Tensor) -> bytes:
+    return torch.as_tensor(labels, dtype=torch.int64).numpy().astype("<i8").tobytes()
 
 
 def digits(config: "DataConfig") -> tuple[Images, Images]:
@@ -120,7 +160,7 @@ def fake(config: "DataConfig") -> tuple[Images, Images]:
     size = (3, config.size or 32, config.size or 32)
     classes = [str(c) for c in range(config.fake_classes)]
     train, test = (
-        Torchvision(datasets.FakeData(n, size, config.fake_classes, random_offset=offset), classes)
+        Fake(datasets.FakeData(n, size, config.fake_classes, random_offset=offset), classes)
         for n, offset in ((config.fake_samples, 0), (max(1, config.fake_samples // 5), config.fake_samples))
     )
     return train, test
