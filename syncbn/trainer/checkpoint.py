@@ -1,22 +1,223 @@
-"""The state of a training on disk: written beside the old one, then put in its place."""
+"""Checkpoints on disk: each whole or not there, sealed by a checksum, the latest few and the best of them kept."""
 
+import hashlib
+import io
+import logging
 import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from syncbn.trainer.errors import UserError
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write the state so that path holds, at every moment, either the old or the new one whole."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+SEAL = b"\nsyncbn sha256 "  # before the digest, behind what torch wrote, whose readers do not mind
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a state back on the CPU; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+@dataclass
+class CheckpointConfig:
+    every: int | None = None  # steps between checkpoints; there is one at each eval and at the end anyhow
+    keep: int = 2  # of the latest, so many; and the best
+    background: bool = True  # write while training goes on; it waits only for the checkpoint before
+    resume: str = "auto"  # auto: where this run was left; none: begin anew; or another run's checkpoint or folder
+
+    def __post_init__(self) -> None:
+        for name in "every", "keep":
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name}={value}: give 1 or more")
+        if not self.resume:
+            raise UserError("checkpoint.resume=: give auto, none, or the path of a checkpoint or of a run's folder")
+
+
+class Damaged(Exception):
+    """A file that is not, or no longer, what was written."""
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write the state so that path holds, at every moment, either nothing, the old file or the new one whole.
+
+    state: tensors, numbers, text, and lists and dicts of them: what can be read back without running any code.
+    """
+    with _put(path) as file:
+        sealed = _Sealed(file)
+        torch.save({"format": FORMAT, **state}, sealed)  # pyright: ignore[reportArgumentType]  (it writes, and flushes)
+        file.write(SEAL + sealed.digest.hexdigest().encode())
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a checkpoint, once its checksum has been verified; `parse` makes the state of them.
+
+    Raises Damaged, or OSError.
+    """
+    content = path.read_bytes()
+    payload, seal, digest = content.rpartition(SEAL)
+    if not seal or hashlib.sha256(payload).hexdigest().encode() != digest:
+        raise Damaged(f"{path} is damaged: its checksum is {'wrong' if seal else 'missing'}")
+    return payload
+
+
+def parse(payload: bytes) -> dict[str, Any]:
+    """The state in a checkpoint's bytes, on the CPU; nothing in them is executed. Raises Damaged."""
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers raise many kinds
+        raise Damaged(f"it holds no state ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise Damaged("it holds no checkpoint of this version")
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder: `step_<step>.pt`, and the pointers `latest` and `best`.
+
+    Args:
+        keep: how many of the latest stay. With None nothing is ever removed.
+        background: `save` returns at once and a thread writes; the next save waits for it.
+
+    A save that fails is told in a warning and in `problem`; the files that are there stay.
+    """
+
+    def __init__(self, folder: Path, *, keep: int | None = None, background: bool = False):
+        self.folder, self.keep = folder, keep
+        self.problem: str | None = None  # why the latest save failed
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
+        """Write the state, as it is now, as the latest checkpoint, and perhaps as the best so far."""
+        self.wait()
+        state = copied(state)
+        if self._thread is None:
+            self._save(step, state, best)
+        else:
+            self._writing = self._thread.submit(self._save, step, state, best)
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        self.wait()
+        if self._thread:
+            self._thread.shutdown()
+
+    @property
+    def latest(self) -> Path | None:
+        """The file that `latest` points to, else the one of the highest step."""
+        return next(iter(self._candidates()), None)
+
+    @property
+    def best(self) -> Path | None:
+        return self._pointed("best")
+
+    def newest_whole(self, check: Callable[[Path], bytes] = read) -> tuple[Path, bytes] | None:
+        """The latest checkpoint that is whole, and its bytes; each one that is not is told in a warning."""
+        for path in self._candidates():
+            try:
+                payload = check(path)
+                parse(payload)
+                return path, payload
+            except (Damaged, OSError) as error:
+                log.warning("%s cannot be used (%s): taking the checkpoint before it", path, error)
+        return None
+
+    def _save(self, step: int, state: dict[str, Any], best: bool) -> None:
+        path = self.folder / f"step_{step:09}.pt"
+        try:
+            write(path, state)
+            for pointer in ["latest", "best"] if best else ["latest"]:
+                with _put(self.folder / pointer) as file:
+                    file.write(path.name.encode())
+            self.problem = None
+            self._remove_old()
+        except Exception as error:  # whatever it is, training goes on
+            text = f"no checkpoint of step {step} ({first_line(error)})"
+            log.warning("%s: training goes on, the one before it stays", text)
+            self.problem = text
+
+    def _remove_old(self) -> None:
+        if self.keep is not None:
+            for path in self._candidates()[self.keep :]:
+                if path != self.best:
+                    path.unlink()
+
+    def _candidates(self) -> list[Path]:
+        """All checkpoints, the latest first."""
+        steps = {path: int(path.stem[5:]) for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
+        pointed = self._pointed("latest")
+        return sorted(steps, key=lambda path: (path == pointed, steps[path]), reverse=True)
+
+    def _pointed(self, pointer: str) -> Path | None:
+        with suppress(OSError):
+            name = (self.folder / pointer).read_bytes()[:100].decode(errors="replace")
+            if re.fullmatch(r"step_\d+\.pt", name) and (self.folder / name).is_file():
+                return self.folder / name
+        return None
+
+
+def copied(state: Any) -> Any:
+    """A copy of a state on the CPU, which training cannot change. TypeError: it has what `parse` would refuse."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {copied(key): copied(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(copied, state))
+    if state is None or type(state) in (bool, int, float, str):
+        return state
+    raise TypeError(f"a state holds {type(state).__name__}: it must be tensors, numbers, text, lists and dicts")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _put(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes path's place once it is whole and on the disk, and else leaves no trace."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk as well."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Sealed:
+    """What torch.save writes to: passes all on, and takes its checksum on the way."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

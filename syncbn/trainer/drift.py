@@ -57,9 +57,18 @@ def flat(layers: dict[str, dict[str, float]]) -> dict[str, float]:
 class Story:
     """What the verdicts of a run were, and from which step to which."""
 
-    def __init__(self) -> None:
-        self.told: dict[str, dict[str, Any]] = {}
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        """state: of the story that this one goes on with."""
+        state = state or {"told": {}, "last": None}
+        self.told: dict[str, dict[str, Any]] = state["told"]
         self.last: Reading | None = None
+        if state["last"]:
+            layers, rank_z, verdicts = state["last"]
+            self.last = Reading(layers, rank_z, [Verdict(**verdict) for verdict in verdicts])
+
+    def state_dict(self) -> dict[str, Any]:
+        last = self.last and [*self.last[:2], [verdict._asdict() for verdict in self.last.verdicts]]
+        return {"told": self.told, "last": last}
 
     def add(self, step: int, reading: Reading) -> list[Verdict]:
         """Those of its verdicts whose kind has not been seen before."""

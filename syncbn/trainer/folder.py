@@ -16,6 +16,7 @@ OUTSIDE = (
     "wandb",
     "launch",
     "drift",
+    "checkpoint",
     "data.root",
     "data.download",
     "data.workers",
@@ -46,7 +47,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
         self.report = self.path / "report.html"
-        self.checkpoint = self.path / "checkpoints" / "last.pt"
+        self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
 
     def refuse_other(self, config: dict[str, Any]) -> None:
@@ -64,12 +65,25 @@ class RunFolder:
                 "choose another run.name=, or run.overwrite=true replaces it"
             )
 
+    def holds(self, config: dict[str, Any]) -> bool:
+        """Whether there is a run of this config in it."""
+        return self.config.is_file() and not differences(yaml.safe_load(self.config.read_text()), config)
+
+    def finished(self, config: dict[str, Any]) -> bool:
+        """Whether a run of this config has come to its end in it."""
+        return self.result.is_file() and self.holds(config)
+
     def create(self, config: dict[str, Any]) -> None:
-        """Make the folder anew, with the config in it."""
+        """Make the folder anew, with the config in it; the logs of an attempt at the same run are kept."""
         if self.path.exists():
-            shutil.rmtree(self.path)
-        self.checkpoint.parent.mkdir(parents=True)
-        self.logs.mkdir()
+            again = self.holds(config)
+            for entry in self.path.iterdir():
+                if entry.is_symlink() or not entry.is_dir():
+                    entry.unlink()
+                elif not (again and entry == self.logs):
+                    shutil.rmtree(entry)
+        self.checkpoints.mkdir(parents=True)
+        self.logs.mkdir(exist_ok=True)
         self.config.write_text(yaml.safe_dump(config, sort_keys=False))
 
 

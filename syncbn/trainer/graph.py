@@ -12,7 +12,8 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.tasks import Sums
 
 Done = tuple[Tensor, list[tuple[Sums, int]]]
-"""What an optimiser step leaves to be read: the loss [], and of each batch the sums and the images it did without."""
+"""What an optimiser step leaves to be read: whether it was bad, [] bool, and of each batch the sums and the images that
+it did without."""
 
 Step = Callable[[Iterable[Batch]], Done]
 Capture = Callable[[Callable[[], Done]], Callable[[], Done]]

@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer import world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, register, to_yaml, typed
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
 from syncbn.trainer.folder import RunFolder, name_of
-from syncbn.trainer.run import USER_ERROR, as_rank
+from syncbn.trainer.run import EXIT_CODE, as_rank
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
+FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # exit codes of ranks that another try would not change, or should not
 
 
 class RanksFailed(RuntimeError):
@@ -73,18 +74,43 @@ def one_run(composed: DictConfig) -> float:
     config = named(typed(composed))
     folder = RunFolder(config.run)
     folder.refuse_other(as_dict(config))
+    if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
+        print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
+        return objective(folder)
     if world.under_torchrun():
         world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
         if code := as_rank(lambda: config):
             raise RanksFailed("rank 0 failed", code)
     else:
-        start_ranks(config)
+        start_ranks_again(config)
+    return objective(folder)
+
+
+def objective(folder: RunFolder) -> float:
+    """What a sweep compares runs by."""
     return json.loads(folder.result.read_text())["objective"]
+
+
+def start_ranks_again(config: Config) -> None:
+    """Run the config on ranks of this machine, and on new ones when one of them died, as often as it says.
+
+    Not the elastic agent's own restarts: those would do what is asked for wrongly again, and undo a preemption.
+    """
+    for restart in range(config.launch.max_restarts + 1):
+        try:
+            start_ranks(config)
+            return
+        except RanksFailed as failed:
+            if failed.exit_code in FINAL or restart == config.launch.max_restarts:
+                raise
+            number = f"restart {restart + 1} of {config.launch.max_restarts}"
+            print(f"{failed}: all ranks start again from the last checkpoint ({number})", file=sys.stderr, flush=True)
+        config = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 
 
 def start_ranks(config: Config) -> None:
     """Run the config on ranks of this machine, each a process, under torch's elastic agent."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -103,6 +129,7 @@ def start_ranks(config: Config) -> None:
             rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1",
             max_restarts=0,
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
         )
         try:
@@ -110,6 +137,11 @@ def start_ranks(config: Config) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise RanksFailed(f"rank {rank} {_end(failure.exitcode)}", failure.exitcode) from None
+        except SignalException as signalled:
+            # The agent has sent it to the ranks and waited for them, but does not tell how they ended
+            told = handed_over.with_name(EXIT_CODE)
+            code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
+            raise RanksFailed(f"ended by {signalled.sigval.name}", code) from None
 
 
 def named(config: Config) -> Config:
@@ -131,7 +163,7 @@ def in_one_line(job: Callable[[], Any]) -> int:
         print(f"error: {text}", file=sys.stderr, flush=True)
         return USER_ERROR
     except RanksFailed as error:
-        if error.exit_code != USER_ERROR:
+        if error.exit_code not in FINAL:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
     return 0

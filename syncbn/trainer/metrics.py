@@ -21,31 +21,38 @@ class Totals:
     def __init__(self, names: tuple[str, ...], world: World):
         self.names, self.world = names, world
         self.values = torch.zeros(len(names), dtype=torch.float64, device=world.device)
-        self.skipped = 0
-        self.step_losses: list[Tensor] = []
+        self.bad_steps = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.skipped = self.steps = 0
 
-    def add(self, sums: dict[str, Tensor], skipped: int = 0) -> None:
-        """Add the sums of a batch, and the number of images it had to do without."""
-        self.values += torch.stack([sums[name].double() for name in self.names])
+    def add(self, sums: dict[str, Tensor], skipped: int = 0, bad: Tensor | None = None) -> None:
+        """Add the sums of a batch, unless it was part of a bad step, and the number of images it had to do without."""
+        values = torch.stack([sums[name].double() for name in self.names])
+        self.values += values if bad is None else values.masked_fill(bad, 0.0)
         self.skipped += skipped
 
-    def add_step(self, loss: Tensor) -> None:
-        """Keep a copy of the loss [] of one optimiser step on this rank."""
-        self.step_losses.append(loss.to(torch.float64, copy=True))
+    def add_step(self, bad: Tensor) -> None:
+        """Count one optimiser step, which came to nothing if bad, [] bool; the same on every rank."""
+        self.bad_steps += bad
+        self.steps += 1
 
-    def reduce(self) -> tuple[dict[str, float], list[float]]:
-        """The sums over all ranks, "skipped" among them, and each step's loss, summed too; then start again.
-
-        Collective: one all_reduce; every rank must have added as many steps.
-        """
-        losses = [loss.view(1) for loss in self.step_losses]
-        message = torch.cat([self.values, self.values.new_tensor([self.skipped]), *losses])
-        figures = self.world.sum(message).tolist()
+    def reduce(self) -> dict[str, float]:
+        """The sums over all ranks, "skipped", "bad_steps" and "steps" too; then start again. Collective."""
+        message = torch.cat([self.values, self.values.new_tensor([self.skipped]), self.bad_steps.view(1)])
+        *figures, skipped, bad_steps = self.world.sum(message).tolist()
+        counts = {"skipped": skipped, "bad_steps": bad_steps / self.world.size, "steps": self.steps}
         self.values.zero_()
-        self.skipped = 0
-        self.step_losses.clear()
-        names = (*self.names, "skipped")
-        return dict(zip(names, figures, strict=False)), figures[len(names) :]
+        self.bad_steps.zero_()
+        self.skipped = self.steps = 0
+        return dict(zip(self.names, figures, strict=True)) | counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has added since it last started again."""
+        return {"values": self.values, "bad_steps": self.bad_steps, "skipped": self.skipped, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values.copy_(state["values"])
+        self.bad_steps.copy_(state["bad_steps"])
+        self.skipped, self.steps = state["skipped"], state["steps"]
 
 
 class Record:
@@ -54,14 +61,26 @@ class Record:
     What a full disk does not take is kept, and written as soon as there is room.
     """
 
-    def __init__(self, path: Path):
-        self.file = path.open("wb", buffering=0)
-        self.began = time.monotonic()
-        self.unwritten = b""
+    def __init__(self, path: Path, state: dict[str, Any] | None = None):
+        """state: of the record that is gone on with; what it wrote later is cut off. None: a new record."""
+        state = state or {"written": 0, "unwritten": "", "time_s": 0.0}
+        self.file = path.open("ab", buffering=0)
+        self.file.truncate(min(state["written"], self.file.tell()))
+        self.unwritten: bytes = state["unwritten"].encode()
+        self.began = time.monotonic() - state["time_s"]
         self.warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        written = os.fstat(self.file.fileno()).st_size
+        return {"written": written, "unwritten": self.unwritten.decode(), "time_s": self.time_s}
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of training, those of earlier processes included."""
+        return time.monotonic() - self.began
+
     def log(self, step: int, figures: dict[str, Any]) -> None:
-        line = {"step": step, "time_s": round(time.monotonic() - self.began, 3), **figures}
+        line = {"step": step, "time_s": round(self.time_s, 3), **figures}
         self.unwritten += json.dumps(line).encode() + b"\n"
         try:
             self._write()

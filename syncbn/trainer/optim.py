@@ -42,10 +42,10 @@ class ScheduleConfig:
             raise UserError(f"schedule.warmup_epochs={self.warmup_epochs}: give 0 or more")
 
 
-def build(config: OptimConfig, model: nn.Module, global_batch: int, *, fused: bool | None = None) -> Optimizer:
+def build(config: OptimConfig, model: nn.Module, global_batch: int) -> Optimizer:
     """The optimiser over the model's parameters that need a gradient, its rate scaled to the global batch.
 
-    fused: one kernel, which can read the rate on the device; None: as torch prefers.
+    It is a fused one, which reads on the device what its rate is and whether to leave out a step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
@@ -55,9 +55,14 @@ def build(config: OptimConfig, model: nn.Module, global_batch: int, *, fused: bo
     ]
     lr = config.lr * global_batch / config.lr_batch if config.lr_batch else config.lr
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(config.betas[0], config.betas[1]), fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, betas=(config.betas[0], config.betas[1]), fused=True)
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    if config.momentum:
+        # torch 2.15 leaves momentum as it found the memory if the first step of all is left out
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def build_schedule(config: ScheduleConfig, optimizer: Optimizer, *, steps: int, steps_per_epoch: int) -> LambdaLR:

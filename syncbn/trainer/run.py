@@ -3,7 +3,6 @@
 import logging
 import re
 import sys
-import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -11,12 +10,17 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import data, drift, graph, models, norms, optim, tasks, world
+from syncbn.trainer import data, drift, graph, models, norms, optim, resume, tasks, world
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
 from syncbn.trainer.folder import RunFolder
-from syncbn.trainer.loop import NonFiniteLoss, Training, fit
+from syncbn.trainer.guard import Guard
+from syncbn.trainer.loop import BadSteps, fit
+from syncbn.trainer.metrics import Totals
+from syncbn.trainer.resume import Keeper, Start
+from syncbn.trainer.stop import Preempted, Stop
+from syncbn.trainer.training import Training, seed_generators
 from syncbn.trainer.watch import Parts, Watch
 from syncbn.trainer.world import World
 
@@ -26,46 +30,67 @@ BROADCAST_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in signature(DistributedDataParallel.__init__).parameters
 )
-USER_ERROR = 2  # exit code of a rank whose UserError has been printed
+
+EXIT_CODE = "exit_code"  # the file beside the config that was handed over, in which rank 0 tells the launcher its own
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, ranks: World) -> None:
-    """Train as the config says. Collective: every rank calls it with the same config."""
-    began = time.monotonic()
-    folder = RunFolder(config.run)
+def run(config: Config, ranks: World) -> int:
+    """Train as the config says, from where the run was left: the exit code. Collective: with the same config."""
+    stop = Stop(ranks)
+    stop.listen()
+    folder, settings = RunFolder(config.run), as_dict(config)
     with ranks.together():
         if ranks.rank == 0:
-            folder.refuse_other(as_dict(config))
-        parts = build(config, ranks)
+            folder.refuse_other(settings)
+    start = resume.find(config.checkpoint.resume, folder, settings, ranks)
+    with ranks.together():
+        parts = build(config, ranks, start)
+        if start:
+            start.refuse_changed(parts.data)
     training = assemble(parts, config, ranks)
     with ranks.together():
-        if ranks.rank == 0:
-            folder.create(as_dict(config))
+        if ranks.rank == 0 and not (start and start.own):
+            folder.create(settings)
     log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
-    watch = Watch(folder, config, ranks, parts, training) if ranks.rank == 0 else None
+    if start:
+        training.go_on_from(start.state, ranks, seed=config.seed)
+    watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
+    code = train(training, config, ranks, watch, stop)
+    # No rank leaves before rank 0 has written all it has to: a launcher ends all ranks as soon as one has ended
+    return ranks.from_rank_0(code)
+
+
+def train(training: Training, config: Config, ranks: World, watch: Watch | None, stop: Stop) -> int:
+    """Train to the end, or until it is asked to end: the exit code, which rank 0's is. Collective."""
+    keeper = Keeper(ranks, watch)
     try:
-        figures = fit(training, config.train, ranks, watch)
+        fit(training, config.train, ranks, watch, keeper, save_every=config.checkpoint.every, stop=stop)
+    except Preempted:
+        if watch:
+            watch.preempted(training.step)
+        return PREEMPTED
     except BaseException as error:
         if watch:
             watch.give_up()
-        if isinstance(error, NonFiniteLoss):
-            raise diverged(error, folder) from error
+        if isinstance(error, BadSteps):
+            raise diverged(error, training) from error
         if config.train.compile and (broken := graph_break(error)):
             raise broken from error
         raise
     if watch:
-        watch.finish(figures, time.monotonic() - began)
+        watch.finish(training.figures)
+    return INCOMPLETE if watch and watch.missing else 0
 
 
-def diverged(error: NonFiniteLoss, folder: RunFolder) -> UserError:
+def diverged(error: BadSteps, training: Training) -> UserError:
     """The error as the user can act on it."""
-    saved = folder.checkpoint.exists()
-    kept = f"{folder.checkpoint} holds the state of the last evaluation" if saved else "nothing was saved yet"
     mend = "try a lower optim.lr, a longer schedule.warmup_epochs or train.clip_norm=1"
-    return UserError(f"{error}: every rank has stopped and {kept}; {mend}", on_every_rank=True)
+    return UserError(
+        f"{error}: every rank has stopped, and the last checkpoint is from before; {mend}", on_every_rank=True
+    )
 
 
 def graph_break(error: BaseException) -> UserError | None:
@@ -84,14 +109,20 @@ def graph_break(error: BaseException) -> UserError | None:
     )
 
 
-def build(config: Config, ranks: World) -> Parts:
+def build(config: Config, ranks: World, start: Start | None = None) -> Parts:
     """Data, model and task. No rank speaks to another here."""
     if config.train.cuda_graph:
         graph.prepare(ranks.device)
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     images = data.build(
-        config.data, ranks, seed=config.seed, accumulate=config.train.accumulate, memory_format=memory_format
+        config.data,
+        ranks,
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        memory_format=memory_format,
+        global_batch=start and start.global_batch,
+        start=start.state["step"] if start else 0,
     )
     model = models.build(config.model, len(images.classes)).to(ranks.device)
     if config.train.channels_last:
@@ -112,13 +143,14 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
         **{BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
-    torch.manual_seed(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
-    global_batch = config.data.batch_per_rank * ranks.size * config.train.accumulate
-    optimizer = optim.build(config.optim, parts.model, global_batch, fused=config.train.cuda_graph or None)
+    seed_generators(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
+    optimizer = optim.build(config.optim, parts.model, parts.data.global_batch * config.train.accumulate)
     steps_per_epoch = parts.data.steps_per_epoch
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
-    return Training(model, parts.task, parts.data, optimizer, schedule, average)
+    guard = Guard(parts.model, optimizer, scaled=config.train.precision == "fp16")
+    totals = Totals(parts.task.sums(), ranks)
+    return Training(model, parts.task, parts.data, optimizer, schedule, guard, totals, average)
 
 
 def log_to(path: Path, *, warn: bool) -> None:
@@ -137,9 +169,10 @@ def log_to(path: Path, *, warn: bool) -> None:
 
 def as_rank(find_config: Callable[[], Config]) -> int:
     """Be one rank of a run: its exit code. A UserError is one line on stderr, printed by one rank."""
+    world.end_with_launcher()
     try:
         config = find_config()
-        run(config, world.join(config.launch, world.meet()))
+        code = run(config, world.join(config.launch, world.meet()))
     except UserError as error:
         if world.rank() == 0 or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -150,8 +183,12 @@ def as_rank(find_config: Callable[[], Config]) -> int:
         log.exception("rank %d failed", world.rank())
         raise
     world.leave()
-    return 0
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(as_rank(lambda: from_yaml(Path(sys.argv[1]).read_text())))
+    handed_over = Path(sys.argv[1])
+    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()))
+    if world.rank() == 0:
+        handed_over.with_name(EXIT_CODE).write_text(str(exit_code))
+    sys.exit(exit_code)

@@ -11,15 +11,17 @@ from typing import Any
 from torch import nn
 
 from syncbn import Reading
-from syncbn.trainer import checkpoint, data, drift, norms, plots, report, tasks
+from syncbn.trainer import data, drift, norms, plots, report, tasks
+from syncbn.trainer.checkpoint import Checkpoints
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.console import Screen
 from syncbn.trainer.drift import Story
+from syncbn.trainer.errors import PREEMPTED
 from syncbn.trainer.folder import RunFolder
-from syncbn.trainer.loop import Training
 from syncbn.trainer.metrics import Record
 from syncbn.trainer.runs import read
 from syncbn.trainer.tracking import Tracker
+from syncbn.trainer.training import Training
 from syncbn.trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,16 @@ class Parts:
 class Watch:
     """Rank 0's eyes on a training: screen, record, W&B and checkpoints."""
 
-    def __init__(self, folder: RunFolder, config: Config, ranks: World, parts: Parts, training: Training):
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        ranks: World,
+        parts: Parts,
+        training: Training,
+        state: dict[str, Any] | None = None,
+    ):
+        """state: what state_dict gave in the process that is gone on from."""
         self.folder, self.config, self.ranks = folder, config, ranks
         self.objective = f"eval/{parts.task.objective}"
         self.converted = converted(parts, config)
@@ -46,15 +57,21 @@ class Watch:
         self.screen = Screen(steps)
         self.screen.say(
             f"{config.data.name}, {len(parts.data.classes)} classes | {config.model.name}, {self.converted} | "
-            f"{ranks.size} × {config.data.batch_per_rank} images on {ranks.device.type} | {steps} steps"
+            f"{images(ranks, parts)} on {ranks.device.type} | {steps} steps"
         )
+        if training.step:
+            self.screen.say(f"going on from step {training.step}")
         if config.norm.name != "local" and not parts.converted:
             log.warning("norm=%s converted nothing: %s", config.norm.name, norms.nothing_converted(parts.model))
-        self.record = Record(folder.metrics)
+        state = state or {"record": None, "story": None, "wandb": None}
+        self.record = Record(folder.metrics, state["record"])
         name = config.run.name or ""
         group = name.removesuffix(f"-seed{config.seed}")
-        self.story = Story()
+        self.story = Story(state["story"])
         self.tracker = Tracker(config.wandb, folder.path.absolute(), name=name, group=group, settings=as_dict(config))
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
+        self.missing: list[str] = []
         self.screen.start()
 
     def stepped(self, step: int) -> None:
@@ -77,26 +94,33 @@ class Watch:
             self.tracker.alert(f"{self.config.run.name}: {verdict.kind}", f"step {step}: {verdict.text}")
         self.screen.drift(step, reading.verdicts)
 
-    def save(self, training: Training) -> None:
-        state = {
-            "step": training.step,
-            "model": training.model.module.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "schedule": training.schedule.state_dict(),
+    def keep(self, step: int, state: dict[str, Any], *, best: bool) -> None:
+        """Save a training's state, with what has to be known of this one to go on with it in another process."""
+        mine = {
+            "record": self.record.state_dict(),
+            "story": self.story.state_dict(),
+            "wandb": getattr(self.tracker, "run_id", None),
         }
-        if training.average:
-            state["average"] = training.average.state_dict()
-        with unless_disk_fails(f"{self.folder.checkpoint} is not written anew"):
-            checkpoint.save(self.folder.checkpoint, state)
+        self.checkpoints.save(step, {**state, "config": as_dict(self.config), "watch": mine}, best=best)
 
     def give_up(self) -> None:
+        """Close all files after an error."""
+        self._close_files()
         self.screen.stop()
-        with unless_disk_fails(f"{self.folder.metrics} lacks its last lines"):
-            self.record.close()
         self._report()
         self.tracker.finish(exit_code=1)
 
-    def finish(self, figures: dict[str, float], duration_s: float) -> None:
+    def preempted(self, step: int) -> None:
+        """Leave the run so that another process can go on with it."""
+        self._close_files()
+        self.screen.stop()
+        self.tracker.finish(exit_code=PREEMPTED)
+        lost = f"; {', '.join(self.missing)} could not be written" if self.missing else ""
+        self.screen.say(f"preempted at step {step}{lost}: the same command goes on from {self.checkpoints.latest}")
+
+    def finish(self, figures: dict[str, float]) -> None:
+        """Write the result, and show what the run came to; what could not be written is `missing`."""
+        duration_s = self.record.time_s
         figures = {name: value for name, value in figures.items() if name.startswith("eval/")}
         result: dict[str, Any] = {
             "objective": figures[self.objective],
@@ -106,10 +130,10 @@ class Watch:
         }
         if self.story.last:
             result["drift"] = {"verdicts": self.story.verdicts}
-        self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
-        with unless_disk_fails(f"{self.folder.metrics} lacks its last lines"):
-            self.record.close()
+        self._close_files()
         self._report()
+        with self._or_missing(self.folder.result):
+            self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
         self.tracker.finish()
         self.screen.stop()
         if worst := self.story.worst_layers():
@@ -139,6 +163,22 @@ class Watch:
             summary={f"verdict{i or ''}": text for i, text in enumerate(self.what_drifted())},
         )
 
+    def _close_files(self) -> None:
+        self.checkpoints.close()
+        if self.checkpoints.problem:
+            self.missing.append(self.checkpoints.problem)
+        with self._or_missing(self.folder.metrics):
+            self.record.close()
+
+    @contextmanager
+    def _or_missing(self, file: Path) -> Iterator[None]:
+        """A block of writing whose OSError is told, and costs the run no more than that."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s is not whole: %s", file, error)
+            self.missing.append(file.name)
+
     def what_drifted(self) -> list[str]:
         """The verdicts of the whole run, in order of weight."""
         told = [f"{verdict['text']}, {when(verdict)}" for verdict in self.story.verdicts]
@@ -149,7 +189,7 @@ class Watch:
             "run": f"{self.folder.path}/",
             "report": self.folder.report,
             "figures": self.folder.metrics,
-            "weights": self.folder.checkpoint,
+            "weights": Checkpoints(self.folder.checkpoints).latest or "none",
         }
         if self.tracker.failure:
             return {**rows, "W&B": f"failed: {self.tracker.failure}"}
@@ -159,13 +199,10 @@ class Watch:
         return rows
 
 
-@contextmanager
-def unless_disk_fails(consequence: str) -> Iterator[None]:
-    """A block of writing whose OSError is told, and costs the run no more than that."""
-    try:
-        yield
-    except OSError as error:
-        log.warning("%s: %s", consequence, error)
+def images(ranks: World, parts: Parts) -> str:
+    """How many images each rank takes at once, in words."""
+    each, left = divmod(parts.data.global_batch, ranks.size)
+    return f"{parts.data.global_batch} images over {ranks.size} ranks" if left else f"{ranks.size} × {each} images"
 
 
 def when(verdict: dict[str, Any]) -> str:

@@ -1,11 +1,15 @@
 """Who this process is among the ranks, and on which device; the only reader of the launcher's environment."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,17 +19,25 @@ from torch.distributed.rendezvous import rendezvous
 
 from syncbn.trainer.errors import UserError
 
+LONGEST_S = 7 * 24 * 3600
+
 
 @dataclass
 class LaunchConfig:
     nproc: int | str = "auto"  # ranks that `python train.py` starts: auto is one per GPU, or 2 without GPUs
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    max_restarts: int = 0  # how often `python train.py` starts all ranks again when one dies; torchrun has its own
+    timeout_s: float = 600.0  # how long ranks wait for one that does not come, before they end
 
     def __post_init__(self) -> None:
         if self.nproc != "auto" and not (isinstance(self.nproc, int) and self.nproc >= 1):
             raise UserError(f"launch.nproc={self.nproc}: give the number of ranks, 1 or more, or auto")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"launch.device={self.device}: choose one of auto, cpu, cuda")
+        if self.max_restarts < 0:
+            raise UserError(f"launch.max_restarts={self.max_restarts}: give 0 (never) or more")
+        if not 1 <= self.timeout_s <= LONGEST_S:
+            raise UserError(f"launch.timeout_s={self.timeout_s}: give from 1 to {LONGEST_S} seconds")
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,26 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout_s: float = 600.0
+
+    def control(self) -> dist.ProcessGroup | None:
+        """A new group on the CPU for what the host has to know; none where this rank is alone. Collective."""
+        if self.size == 1:
+            return None
+        timeout = timedelta(seconds=self.timeout_s)
+        return dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportReturnType]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value, on rank 0; an empty list elsewhere. Collective."""
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a tensor, in place. Collective: every rank calls it with the same shape and dtype."""
@@ -132,6 +164,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def restarts() -> int:
+    """How often the launcher has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def end_with_launcher() -> None:
+    """Have Linux kill this process when the one that started it is gone: no rank trains on by itself."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def local_size() -> int:
     """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -164,8 +208,9 @@ def join(config: LaunchConfig, store: Store) -> World:
         rank=rank(),
         world_size=size,
         device_id=device if device.type == "cuda" else None,
+        timeout=timedelta(seconds=config.timeout_s),
     )
-    return World(rank(), size, device)
+    return World(rank(), size, device, config.timeout_s)
 
 
 def wait_for_word_of_rank_0() -> None:

@@ -147,6 +147,7 @@ class Fixed:
         mine = range(rank, len(labels), size)
         self.batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
         self.scores, self.labels = scores, labels
+        self.most = -(-len(range(0, len(labels), size)) // batch)
 
     def __iter__(self):
         for indices in self.batches:

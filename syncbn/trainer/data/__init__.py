@@ -75,6 +75,13 @@ class Batches:
         self.mean = 255 * torch.tensor(config.mean, device=device).view(1, -1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, -1, 1, 1))
 
+    @property
+    def most(self) -> int:
+        """The number of eval batches of the rank that has most."""
+        sampler = self.loader.batch_sampler
+        assert isinstance(sampler, EvalSampler)
+        return sampler.most
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             if isinstance(batch, UserError):

@@ -76,6 +76,7 @@ class EvalSampler:
     def __init__(self, samples: int, *, batch_per_rank: int, rank: int, world_size: int):
         self.mine = range(rank, samples, world_size)
         self.batch_per_rank = batch_per_rank
+        self.most = -(-len(range(0, samples, world_size)) // batch_per_rank)  # batches that any rank has
 
     def __iter__(self) -> Iterator[list[Key]]:
         for begin in range(0, len(self.mine), self.batch_per_rank):

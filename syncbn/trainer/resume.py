@@ -1,0 +1,122 @@
+"""What a run leaves for the process that goes on with it, and how that one finds it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from syncbn.trainer import world
+from syncbn.trainer.checkpoint import Checkpoints, Damaged, parse, read
+from syncbn.trainer.data import Data
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.folder import RunFolder
+from syncbn.trainer.training import State, Training
+from syncbn.trainer.world import World
+
+
+class Shelf(Protocol):
+    """Where rank 0 puts checkpoints."""
+
+    def keep(self, step: int, state: State, *, best: bool) -> None: ...
+
+
+class Keeper:
+    """Saves a training: every rank has one and tells what it has for itself, rank 0 writes."""
+
+    def __init__(self, ranks: World, shelf: Shelf | None):
+        self.ranks, self.shelf = ranks, shelf
+
+    def save(self, training: Training, *, best: bool = False) -> None:
+        """Save it as it is now. Collective."""
+        state = training.state(self.ranks)
+        if self.shelf:
+            self.shelf.keep(training.step, state, best=best)
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    state: that of an earlier process. own: whether it is this run's, or another's that this one takes as its start.
+    """
+
+    state: State
+    path: Path
+    own: bool
+
+    @property
+    def global_batch(self) -> int | None:
+        """The images of each forward, which a run keeps on any number of ranks."""
+        return self.state["global_batch"] if self.own else None
+
+    @property
+    def watch(self) -> State | None:
+        return self.state["watch"] if self.own else None
+
+    def refuse_changed(self, data: Data) -> None:
+        """Raise UserError if the training data is not what the state was trained on."""
+        before, now = self.state["data"], data.fingerprint
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name)]
+        if changed:
+            raise UserError(
+                f"the data has changed since {self.path} was written ({', '.join(changed)}): put it back as it was, or "
+                "begin anew with checkpoint.resume=none, with model.weights=FILE if the weights are to be kept"
+            )
+
+
+def find(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -> Start | None:
+    """What checkpoint.resume asks for; None if the run is to begin anew. Collective.
+
+    Rank 0 reads it, as the others may not see its disk. A checkpoint of the run's own comes before a given path: a
+    restart goes on, whatever it was that it began with.
+
+    Raises UserError, on every rank, if there is nothing at the path, or nothing whole where there is something.
+    """
+    found: tuple[Path, bytes, bool] | None = None
+    with ranks.together():
+        if ranks.rank == 0:
+            found = _find(resume, folder, config)
+    found = ranks.from_rank_0(found)
+    if found is None:
+        return None
+    path, payload, own = found
+    return Start(parse(payload), path, own)
+
+
+def load(path: Path) -> tuple[Path, State]:
+    """The checkpoint in a file, or the latest in a run's folder. Raises UserError if there is none that is whole."""
+    path, payload = _at(path)
+    return path, parse(payload)
+
+
+def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
+    if resume == "none" and not world.restarts():
+        return None
+    if folder.holds(config) and (found := _newest(folder.checkpoints)):
+        return *found, True
+    return None if resume in ("auto", "none") else (*_at(Path(resume)), False)
+
+
+def _at(path: Path) -> tuple[Path, bytes]:
+    if path.is_dir():
+        inside = path / "checkpoints"
+        if found := _newest(inside if inside.is_dir() else path):
+            return found
+        raise UserError(f"{path} holds no checkpoint: give a file, such as runs/NAME/checkpoints/step_000000100.pt")
+    try:
+        payload = read(path)
+        parse(payload)
+        return path, payload
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a checkpoint or the folder of a run") from None
+    except Damaged as error:
+        raise UserError(f"{error}: give another checkpoint") from None
+
+
+def _newest(checkpoints: Path) -> tuple[Path, bytes] | None:
+    shelf = Checkpoints(checkpoints)
+    found = shelf.newest_whole()
+    if found is None and shelf.latest:
+        raise UserError(
+            f"no checkpoint in {checkpoints} is whole: put one there from a copy, or checkpoint.resume=none begins anew"
+        )
+    return found
