@@ -42,7 +42,7 @@ def train(rank, overrides):
     parts = build(config, world)
     training = assemble(parts, config, world)
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
-    figures = loop.fit(training, config.train, world, log)
+    figures = loop.fit(training, config.train, world, log, log)
     return log.readings, log.lines, training.model.module.state_dict(), figures
 
 

@@ -63,7 +63,7 @@ def train(rank, overrides, captured):
     with syncbn.DriftMonitor(parts.model) as training.drift, pytest.MonkeyPatch.context() as patch:
         # As on a GPU that captures: each forward adds to the same tensors, and keeps no count on the host
         patch.setattr(observer, "_is_recorded", lambda x: True)
-        loop.fit(training, replace(config.train, cuda_graph=captured), world, log, capture)
+        loop.fit(training, replace(config.train, cuda_graph=captured), world, log, log, capture=capture)
     assert all(replay() is None for _, replay in captures), "NCCL would wait for the graph that fit has left behind"
     log.lines = [(step, {k: v for k, v in figures.items() if k not in TIMES}) for step, figures in log.lines]
     return {
@@ -151,7 +151,7 @@ def warm(*, capture=tape):
 
     def step(batches):
         seen.extend(batches)
-        return torch.zeros(()), [({"loss": b.images.sum()}, b.skipped) for b in batches]
+        return torch.zeros((), dtype=torch.bool), [({"loss": b.images.sum()}, b.skipped) for b in batches]
 
     captured = Captured(step, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), capture)
     for _ in range(graph.WARM_UP):
