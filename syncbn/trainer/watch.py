@@ -68,7 +68,14 @@ class Watch:
         name = config.run.name or ""
         group = name.removesuffix(f"-seed{config.seed}")
         self.story = Story(state["story"])
-        self.tracker = Tracker(config.wandb, folder.path.absolute(), name=name, group=group, settings=as_dict(config))
+        self.tracker = Tracker(
+            config.wandb,
+            folder.path.absolute(),
+            name=name,
+            group=group,
+            settings=as_dict(config),
+            run_id=state["wandb"],
+        )
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
         self.missing: list[str] = []
@@ -99,7 +106,7 @@ class Watch:
         mine = {
             "record": self.record.state_dict(),
             "story": self.story.state_dict(),
-            "wandb": getattr(self.tracker, "run_id", None),
+            "wandb": self.tracker.run_id,
         }
         self.checkpoints.save(step, {**state, "config": as_dict(self.config), "watch": mine}, best=best)
 
