@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from syncbn.drift import statistics
-from syncbn.drift.statistics import Layers, Sums
+from syncbn.drift.statistics import Layers, Offsets, Sums
+from syncbn.drift.tails import log_f_tail
 
 # Of the mean, squared: what float32 takes for a constant
 _CONSTANT = 1e-12
@@ -88,7 +89,7 @@ class Chance(NamedTuple):
     offset: Tensor
 
 
-def chance(mine: Sums, whole: Sums, layers: Layers) -> Chance:
+def chance(mine: Offsets, whole: Sums, layers: Layers) -> Chance:
     channel = layers.by_channel(whole)
     dead = _dead(channel)
     layer = layers.by_layer(_without(dead, whole))
@@ -110,17 +111,17 @@ def chance(mine: Sums, whole: Sums, layers: Layers) -> Chance:
     notable = (f > 1 + 2 * (2 / between + 2 / within).sqrt()) & (between > 0) & (within > 0) & f.isfinite()
     tails = torch.zeros_like(f)
     if notable.any():
-        tails[notable] = statistics.log_f_tail(f[notable], between[notable], within[notable])
+        tails[notable] = log_f_tail(f[notable], between[notable], within[notable])
     of_layer, of_channel, of_offset = tails
     corrected = torch.tensor(layers.channels).log()
     between_ranks = torch.minimum(of_layer, of_channel + corrected) + math.log(2)
     return Chance(between_ranks.clamp(max=0), (of_offset + corrected).clamp(max=0))
 
 
-def apart(mine: Sums, whole: Sums, layers: Layers) -> tuple[Tensor, Tensor]:
+def apart(mine: Offsets, whole: Sums, layers: Layers) -> tuple[Tensor, Tensor]:
     """How far this rank stands apart for long, root mean square over channels: in multiples of chance, and in standard
     deviations of an image. [L] each."""
-    whole, mine = layers.by_channel(whole), layers.by_channel(mine)
+    mine, whole = layers.by_channel(mine), layers.by_channel(whole)
     channels, dead = torch.tensor(layers.channels), _dead(whole)
     measures = statistics.offset_t(mine, whole), statistics.offset_size(mine, whole)
     t, size = (torch.where(dead | ~m.isfinite(), 0.0, m).square() for m in measures)

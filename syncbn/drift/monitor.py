@@ -2,45 +2,24 @@
 
 import logging
 import math
-from collections import Counter, deque
-from typing import Literal, NamedTuple
+from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from syncbn import collectives
-from syncbn.drift import verdicts
+from syncbn.drift import fit, verdicts
 from syncbn.drift.figures import Traits, apart, chance, figures, sizes
-from syncbn.drift.observer import LocalObserver, Prints, observed, stores
+from syncbn.drift.fit import Level, observed
+from syncbn.drift.observer import Held, LocalObserver, stores
+from syncbn.drift.prints import Prints
 from syncbn.drift.statistics import Layers, Sums
-from syncbn.drift.verdicts import Evidence, Verdict
+from syncbn.drift.verdicts import Evidence, Reading, Verdict
+from syncbn.drift.windows import ENOUGH, Windows
 from syncbn.module import SyncBatchNorm
 
-Level = Literal["rank", "image"]
-
 log = logging.getLogger("syncbn")
-
-
-class Reading(NamedTuple):
-    """What `DriftMonitor.read` found, over the last readings together; the same on every rank.
-
-    layers: by layer, the figures that are defined: see DriftMonitor.
-    rank_z: by layer, how far each rank stands apart for long, as a multiple of chance: 1 is chance.
-    verdicts: what is wrong, the weightiest first; none is ok.
-    """
-
-    layers: dict[str, dict[str, float]]
-    rank_z: dict[str, list[float]]
-    verdicts: list[Verdict]
-
-
-class _Window(NamedTuple):
-    """Packed Sums since the reading before, this rank's and those of all; of these, figures, and MSB of layers, [L]."""
-
-    mine: Tensor
-    whole: Tensor
-    figures: dict[str, Tensor]
-    between_ranks: Tensor
 
 
 class DriftMonitor:
@@ -91,11 +70,12 @@ class DriftMonitor:
     """
 
     def __init__(self, model: nn.Module, *, level: Level = "image", alpha: float = 1e-3, horizon: int = 10):
-        _check(level, alpha, horizon)
+        fit.check(level, alpha, horizon)
         self._modules, self._everyone = observed(model), collectives.everyone()
-        self._level, self._alpha = level, alpha
+        self._level: Level = level
+        self._alpha = alpha
         self._ranks = 1 if self._everyone is None else self._everyone.size()
-        self._agree()
+        fit.agree(self._modules, level, self._everyone)
         layers = list(self._modules.values())
         self._stores = stores([layer for layer in layers if isinstance(layer, SyncBatchNorm)], level == "image")
         self._local = [LocalObserver(one, level == "image") for one in layers if not isinstance(one, SyncBatchNorm)]
@@ -103,7 +83,7 @@ class DriftMonitor:
             self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
             return
         self._layers, self._prints = Layers([layer.num_features for layer in layers]), Prints(layers)
-        self._windows: deque[_Window] = deque(maxlen=horizon)
+        self._windows = Windows(self._layers, horizon)
         self._hidden: set[str] = set()
         self._said: set[str] = set()
         self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
@@ -117,11 +97,66 @@ class DriftMonitor:
         layers = self._layers
         broken = torch.zeros(len(layers.channels)).index_add_(0, layers.of_all, (~whole.isfinite()).float()) > 0
         mine, whole = (t.masked_fill(broken[layers.of_all], 0.0) for t in (mine, whole))
-        sums = self._seen(whole)
-        alone = self._warm(sums, sizes(sums, layers, self._traits()))
-        between_ranks = (layers.total(sums.between_ranks) / sums.rank_freedom).nan_to_num(0)
-        self._windows.append(_Window(mine, whole, alone, between_ranks))
+        sums = self._seen(layers.unpack(whole))
+        self._windows.add(mine, whole, self._warm(sums, sizes(sums, layers, self._traits())))
         return self._judge(marks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a monitor must be given to read on as this one would, bit for bit; it goes on undisturbed.
+
+        {"shared": what is the same on every rank, "own": what is this rank's}, tensors on the CPU in plain containers,
+        as torch.load(weights_only=True) takes them. C channels in L layers, after H <= horizon readings, take
+        H (88 C + 88 L) bytes in "shared" and H (8 C + 24 L) in "own"; forwards since the last reading 88 C + 64 L more
+        in "own" (twice that if some are compiled; of layers that do not synchronise 40 C + 16 L for each of up to 4);
+        and some bytes for each layer. So the end of a reading is the time to ask for it.
+
+        It waits for the device, and is no collective: "shared" of any one rank goes with "own" of each.
+        """
+        shared = {"layers": fit.channels(self._modules), "level": self._level}
+        if not self._modules:
+            return {"shared": shared, "own": None}
+        windows, mine = self._windows.state()
+        shared |= windows | {
+            "ranks": self._ranks,
+            "forwards": self._forwards.clone(),
+            "hidden": sorted(self._hidden),
+            "said": sorted(self._said),
+        }
+        held = dict(found for store in self._stores for found in store.held())
+        held |= {one.layer: one.held() for one in self._local}
+        places, rows = zip(*(held[layer] for layer in self._modules.values()), strict=True)
+        own = {"windows": mine, "places": list(places), "held": torch.cat(rows), "lengths": [len(row) for row in rows]}
+        return {"shared": shared, "own": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Read on where the monitor of a state_dict was, with a model whose buffers are those of then.
+
+        Of more readings than this horizon, the newest count. "own" is what this rank had; None, on every rank, if there
+        are now more ranks or fewer: then ranks are compared afresh, and only how long layers have trained is known.
+
+        Raises:
+            ValueError: layers or level are not this model's and monitor's, or "own" is of another number of ranks.
+
+        Not a collective, but every rank loads, at the same step.
+        """
+        shared, own = state["shared"], state["own"]
+        fit.refuse_others(shared, self._modules, self._level, self._ranks if own is not None else None)
+        if not self._modules:
+            return
+        self._forwards, self._hidden = shared["forwards"].clone(), set(shared["hidden"])
+        self._windows.clear()
+        self._said = set() if own is None else set(shared["said"])
+        nothing = torch.zeros(0, dtype=torch.float64)
+        held: dict[Any, Held] = {one.layer: ([0], nothing) for one in self._local}
+        held |= {observer.layer: ([0, "row"], nothing) for store in self._stores for observer in store.observers}
+        if own is not None:
+            self._windows.load(shared, own["windows"])
+            rows = own["held"].split(own["lengths"])
+            held = dict(zip(self._modules.values(), zip(own["places"], rows, strict=True), strict=True))
+        for store in self._stores:
+            store.hold(held)
+        for one in self._local:
+            one.hold(held[one.layer])
 
     def close(self) -> None:
         """Observe no more."""
@@ -149,16 +184,16 @@ class DriftMonitor:
         return sums, marks.view(torch.int64).view(-1, 2)
 
     def _judge(self, marks: Tensor) -> Reading:
-        layers, windows = self._layers, list(self._windows)
-        mine, whole = (torch.stack([getattr(one, name) for one in windows]) for name in ("mine", "whole"))
-        now, ours = self._seen(whole.sum(0)), self._seen(mine.sum(0))
-        traits = self._traits()
-        found = figures(now, layers, traits, self._ranks, len(windows))
-        calm = self._without_strongest()
-        likely = chance(self._seen((mine * calm).sum(0)), self._seen((whole * calm).sum(0)), layers)
+        layers, traits = self._layers, self._traits()
+        mine, whole = self._windows.together()
+        whole = self._seen(whole)
+        found = figures(whole, layers, traits, self._ranks, len(self._windows))
+        calm_mine, calm_whole = self._windows.calm()
+        likely = chance(calm_mine, self._seen(calm_whole), layers)
         # What is tested: F of each layer, and the offset of each rank there
         tests = math.log(2 * len(layers.channels))
-        row = torch.stack([*apart(ours, now, layers), likely.offset + tests + math.log(self._ranks), self._groups(now)])
+        offset_chance = likely.offset + tests + math.log(self._ranks)
+        row = torch.stack([*apart(mine, whole, layers), offset_chance, self._groups(whole)])
         row = torch.cat([row, marks.T.contiguous().view(torch.float64)])
         rows = collectives.gather_rows(row.flatten(), self._everyone).view(-1, 6, len(layers.channels))
         z, offsets, offset_chance, groups = rows[:, :4].unbind(1)
@@ -167,7 +202,7 @@ class DriftMonitor:
             for one in zip(
                 self._modules,
                 _by_layer(found),
-                _by_layer(self._typical()),
+                _by_layer(self._windows.typical()),
                 traits.synced.tolist(),
                 (likely.between_ranks + tests).tolist(),
                 offset_chance.T.tolist(),
@@ -176,7 +211,7 @@ class DriftMonitor:
             )
         ]
         wrong = self._diverged(rows[:, 4:].contiguous().view(torch.int64), groups)
-        if len(windows) >= _ENOUGH:
+        if len(self._windows) >= ENOUGH:
             wrong.append(verdicts.shards_differ(evidence, self._alpha))
             wrong.append(verdicts.running_statistics_lag(evidence, "running statistics lag" in self._said))
             wrong.append(verdicts.batch_too_small(evidence, "batch too small" in self._said))
@@ -184,9 +219,8 @@ class DriftMonitor:
         by_layer = {one.layer: dict(one.figures) for one in evidence}
         return Reading(by_layer, dict(zip(self._modules, z.T.tolist(), strict=True)), [one for one in wrong if one])
 
-    def _seen(self, packed: Tensor) -> Sums:
-        """The Sums, without what images say in layers whose first dimension is not that of the batch."""
-        sums = self._layers.unpack(packed)
+    def _seen(self, sums: Sums) -> Sums:
+        """sums, without what images say in layers whose first dimension is not that of the batch."""
         if self._level == "rank":
             return sums
         images = (sums.images / sums.forwards).round(decimals=6).nan_to_num(0)
@@ -207,17 +241,6 @@ class DriftMonitor:
             between_images=sums.between_images.masked_fill(of_channel, 0.0),
             image_freedom=sums.image_freedom.masked_fill(hidden, 0.0),
         )
-
-    def _without_strongest(self) -> Tensor:
-        """[H, n] 0 where a layer's ranks differ most of H windows, 1 elsewhere; of less than three, nothing but 0."""
-        between_ranks = torch.stack([one.between_ranks for one in self._windows])
-        kept = torch.full_like(between_ranks, float(len(between_ranks) >= _ENOUGH))
-        return kept.scatter_(0, between_ranks.argmax(0, keepdim=True), 0.0)[:, self._layers.of_all]
-
-    def _typical(self) -> dict[str, Tensor]:
-        """The median of the windows' own figures."""
-        found = [one.figures for one in self._windows]
-        return {name: torch.stack([one[name] for one in found]).nanmedian(0).values for name in found[0]}
 
     def _warm(self, sums: Sums, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """figures, without a lag while running statistics may still be on their way from where they began."""
@@ -260,41 +283,13 @@ class DriftMonitor:
                         return [verdict]
         return []
 
-    def _agree(self) -> None:
-        """ValueError, on every rank, if ranks watch different layers or one of them cannot be watched."""
-        mine = [f"{name} of {layer.num_features} channels" for name, layer in self._modules.items()]
-        taken = [name for name, layer in self._modules.items() if getattr(layer, "observer", None) is not None]
-        told = collectives.gather_objects((self._level, mine, taken), self._everyone)
-        for rank, (level, theirs, theirs_taken) in enumerate(told):
-            if level != told[0][0]:
-                raise ValueError(f"level is {level!r} on rank {rank} and {told[0][0]!r} on rank 0: it must be the same")
-            if theirs != told[0][1]:
-                differ = sorted(set(theirs) ^ set(told[0][1])) or ["their order"]
-                raise ValueError(f"the models of rank {rank} and rank 0 hold different layers: {differ[0]}")
-            if theirs_taken:
-                raise ValueError(f"{theirs_taken[0]} is observed already on rank {rank}: close its monitor first")
-        for name, layer in self._modules.items():
-            if layer.num_features == 0:
-                raise ValueError(f"{name} has no channels yet: run one forward before it is watched")
-
     def _say(self, text: str) -> None:
         if self._everyone is None or self._everyone.rank() == 0:
             log.warning(text)
 
 
-# Readings of which one may be out of the ordinary
-_ENOUGH = 3
 # Forwards after which running statistics have no excuse, however slow they are
 _WARM = 100.0
-
-
-def _check(level: str, alpha: float, horizon: int) -> None:
-    if level not in ("rank", "image"):
-        raise ValueError(f"level is {level!r}: it must be 'rank' or 'image'; for none, open no monitor")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}: it must be a probability between 0 and 1")
-    if horizon < _ENOUGH:
-        raise ValueError(f"horizon is {horizon}: it must be {_ENOUGH} readings or more, as one alone never counts")
 
 
 def _by_layer(figures: dict[str, Tensor]) -> list[dict[str, float]]:

@@ -1,19 +1,20 @@
 """What a layer's batches were like, kept on the device as they go by: nothing is sent, and the host never waits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import kernels
-from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
+from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up, terms
 from syncbn.kernels import Form
 from syncbn.moments import Moments
 
 # Forwards that are added up at a time, of all layers together: so that one costs a small copy and little more
 _SLOTS = 16
+# Of one layer, between readings: places in what is kept, and what is kept, [n] float64 on the CPU
+Held = tuple[list[Any], Tensor]
 # Forwards since the last reading that are kept of a layer that does not synchronise, to be compared when it is read
 _KEPT = 4
 
@@ -35,10 +36,11 @@ class Store:
         channels = self.layers.channels
         self._rows = torch.zeros(_SLOTS, sum(5 * n + 3 for n in channels), dtype=torch.float64, device=device)
         # Apart, as a copy of two dtypes at once is a slow one
-        self._running = torch.zeros(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
+        self._running = torch.ones(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
         self._of = self.layers.of.to(device)
         eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
-        self._eps = eps[self.layers.of].to(device)
+        # Above 0, as a slot that was left empty has no variance
+        self._eps = eps[self.layers.of].clamp(min=torch.finfo(eps.dtype).tiny).to(device)
         self._fields, self._of_running = (order.to(device) for order in _orders(channels))
         # On the device, as to send it there would be a wait
         self._is_message = torch.zeros(sum(channels), dtype=torch.bool, device=device)
@@ -49,32 +51,63 @@ class Store:
         of_each = zip(layers, slots, running, forms, strict=True)
         self.observers = [Observer(*one, per_image, self) for one in of_each]
 
-    def settle(self) -> None:
+    def restart(self) -> None:
         """Add up the forwards that are kept, and keep none."""
+        self.settle()
+        for observer in self.observers:
+            observer.filled = 0
+
+    def settle(self) -> None:
+        """Add up the forwards that are kept. Those to come keep their slots, so that no bit tells when it was done."""
         filled = max(observer.filled for observer in self.observers)
         if not filled:
             return
         channels, layers = len(self._of), len(self.observers)
-        fields = self._rows[:filled, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
+        # Of all slots, filled or not: where vectors end, log may round otherwise
+        fields = self._rows[:, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
         first, second, mean, m2, between, count, whole_count, images = fields
-        running = Running(*self._running[:filled, self._of_running].double().chunk(2, dim=1))
+        running = Running(*self._running[:, self._of_running].double().chunk(2, dim=1))
         local = _moments(count, self._of, first, second, self._is_message)
         whole = Moments(whole_count, mean, m2)
         scale = 1 / (running.var + self._eps)
-        sums = add_up(local, whole, between, images, whole, running, scale, self._eps, self._of)
-        self._sums += sums.packed()
+        each = terms(local, whole, between, images, whole, running, scale, self._eps, self._of).packed()
+        # One by one: a sum in any other order would depend on when it was begun
+        for forward in each[:filled]:
+            self._sums += forward
         self._rows[:filled] = 0
-        for observer in self.observers:
-            observer.filled = 0
+        self._running[:filled] = 1
 
     def read(self) -> list[tuple[Any, Tensor]]:
         """Each layer and its packed Sums since the last reading."""
-        self.settle()
+        self.restart()
         own = [observer.sums for observer in self.observers]
         read = self.layers.apart(self._sums + self.layers.pack(own).to(self._sums.device))
         self._sums.zero_()
         torch._foreach_zero_(own)  # pyright: ignore[reportPrivateImportUsage]
         return [(observer.layer, sums) for observer, sums in zip(self.observers, read, strict=True)]
+
+    def held(self) -> Iterator[tuple[Any, Held]]:
+        """Each layer and its packed Sums since the last reading, then those of forwards that repeat; none if all 0."""
+        self.settle()
+        for observer, sums in zip(self.observers, self.layers.apart(self._sums.cpu()), strict=True):
+            both = torch.stack([sums, observer.sums.cpu()])
+            rows = 2 if both[1].any() else 1 if both[0].any() else 0
+            yield observer.layer, ([observer.filled, observer.form], both[:rows].flatten())
+
+    def hold(self, held: Mapping[Any, Held]) -> None:
+        """Go on from what `held` said, on this device or another."""
+        self._rows.zero_()
+        self._running.fill_(1)
+        sums = []
+        for observer in self.observers:
+            (filled, form), kept = held[observer.layer]
+            both = kept.new_zeros(2, len(observer.sums))
+            both.view(-1)[: len(kept)] = kept
+            sums.append(both[0])
+            # In its place, where a CUDA graph adds to it
+            observer.sums.copy_(both[1])
+            observer.begin(filled, form)
+        self._sums.copy_(self.layers.pack(sums))
 
 
 class Observer:
@@ -84,7 +117,7 @@ class Observer:
     """
 
     def __init__(self, layer: Any, slots: Tensor, running: Tensor, is_message: Tensor, per_image: bool, store: Store):
-        self.per_image, self.filled, self._form = per_image, 0, "row"
+        self.per_image, self.filled, self.form = per_image, 0, "row"
         self.layer, self._store, self._channels = layer, store, layer.num_features
         self._slots, self._running, self._is_message = slots, running, is_message
         self._place(slots.device)
@@ -95,6 +128,11 @@ class Observer:
         self.sums = torch.zeros(CHANNEL * n + LAYER, dtype=torch.float64, device=device)
         self._nothing = torch.zeros(n + 1, dtype=torch.float64, device=device)
         self._of = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def begin(self, filled: int, form: str) -> None:
+        """Go on in a slot, with moments packed in a form."""
+        self.filled, self.form = filled, form
+        self._is_message.fill_(form == "message")
 
     def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None:
         layer, between = self.layer, self._nothing if between_images is None else between_images
@@ -110,10 +148,9 @@ class Observer:
                 self._place(packed.device)
             self._add(packed, form, between.to(packed.device), moments, Running(mean, var))
             return
-        if form != self._form or self.filled == _SLOTS:
-            self._store.settle()
-            self._is_message.fill_(form == "message")
-            self._form = form
+        if form != self.form or self.filled == _SLOTS:
+            self._store.restart()
+            self.begin(0, form)
         parts = (packed, moments.mean, moments.m2, moments.count.view(1), between)
         torch.cat(parts, out=self._slots[self.filled])
         torch.cat((mean, var), out=self._running[self.filled])
@@ -127,7 +164,8 @@ class Observer:
         between, images = between.unsqueeze(0).split([n, 1], dim=1)
         running = Running(*(t.double().unsqueeze(0) for t in running))
         scale = 1 / (running.var + eps)
-        self.sums.add_(add_up(local, whole, between, images, whole, running, scale, eps, self._of).packed())
+        each = terms(local, whole, between, images, whole, running, scale, eps, self._of)
+        self.sums.add_(add_up(each).packed())
 
     def close(self) -> None:
         if vars(self.layer).get("observer") is self:
@@ -194,10 +232,22 @@ class LocalObserver:
         between, images, *running = self._rows[:, 2 * n + 1 :].split([n, 1, n, n], dim=1)
         # One scale for all ranks, whose running statistics differ
         scale = whole.count.sum() / (whole.m2.sum(0) + eps * whole.count.sum()).clamp(min=1e-300)
-        sums = add_up(local, whole, between, images, local, Running(*running), scale, eps, of).packed()
+        sums = add_up(terms(local, whole, between, images, local, Running(*running), scale, eps, of)).packed()
         self._rows.zero_()
         self._filled = 0
         return sums
+
+    def held(self) -> Held:
+        """Rows of the forwards since the last reading."""
+        # One that repeats counts nothing
+        rows = max(self._filled, int(self._rows[0].any()))
+        return [self._filled], self._rows[:rows].flatten().cpu()
+
+    def hold(self, held: Held) -> None:
+        """Go on from what `held` said, on this device or another."""
+        (self._filled,), kept = held
+        self._rows.zero_()
+        self._rows.view(-1)[: len(kept)] = kept.to(self._rows.device)
 
     def _moments(self, rows: Tensor) -> Moments:
         mean, m2, count, _ = rows.split(
@@ -242,33 +292,3 @@ def _is_recorded(x: Tensor) -> bool:
 def _device(layer: nn.Module) -> torch.device:
     held = next((t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))), None)
     return torch.device("cpu") if held is None else held.device
-
-
-def observed(model: nn.Module) -> dict[str, Any]:
-    """The batch norm layers of a model by name, synchronised or not."""
-    return {
-        name or type(layer).__name__: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)
-    }
-
-
-class Prints:
-    """Marks of layers' running statistics: equal on two ranks if and, but for a miracle, only if their bits are."""
-
-    def __init__(self, layers: Sequence[Any]):
-        self._layers = layers
-        lengths = [0 if b is None else b.numel() * b.element_size() // 4 for b in self._buffers()]
-        self._of = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        # Odd factors, which lose no bit, and another for each place
-        places = [torch.arange(n) for n in lengths]
-        self._factors = (2 * torch.cat(places) + 3) * 0x9E3779B97F4A7C1
-
-    def _buffers(self) -> list[Tensor | None]:
-        return [b for layer in self._layers for b in (layer.running_mean, layer.running_var)]
-
-    def read(self, device: torch.device) -> Tensor:
-        """[L, 2] int64, of running_mean and running_var; 0 where there is none."""
-        bits = [b.detach().reshape(-1).view(torch.int32).to(device) for b in self._buffers() if b is not None]
-        marks = torch.zeros(2 * len(self._layers), dtype=torch.int64, device=device)
-        if bits:
-            marks.index_add_(0, self._of.to(device), torch.cat(bits).long() * self._factors.to(device))
-        return marks.view(-1, 2)

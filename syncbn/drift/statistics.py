@@ -4,7 +4,7 @@ Everything is per channel, in float64, and pure. Names as in docs/math.md, "Drif
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,8 +56,23 @@ class Sums(NamedTuple):
 
     def packed(self) -> Tensor:
         """All of it, one after the other."""
-        return torch.cat(self)
+        return torch.cat(self, dim=-1)
 
+
+class Offsets(NamedTuple):
+    """Of one rank's Sums, all that tells how far it stands apart from the others."""
+
+    offset: Tensor
+    forwards: Tensor
+    rank_freedom: Tensor
+    images: Tensor
+
+    @classmethod
+    def of(cls, sums: Sums) -> "Offsets":
+        return cls(*(getattr(sums, name) for name in cls._fields))
+
+
+_Each = TypeVar("_Each", Sums, Offsets)
 
 LAYER = 8  # of a layer, not of a channel
 CHANNEL = len(Sums._fields) - LAYER
@@ -67,13 +82,16 @@ class Layers:
     """Where among C channels those of L layers lie.
 
     channels: of each layer.
-    of: [C] the layer of each channel. of_all: the layer of each number in the packed Sums of all layers together.
+    of: [C] the layer of each channel. of_all, of_offsets: the layer of each number in the packed Sums, and Offsets, of
+        all layers together.
     """
 
     def __init__(self, channels: Sequence[int]):
         self.channels = list(channels)
         self.of = torch.repeat_interleave(torch.tensor(self.channels, dtype=torch.int64))
         self.of_all = torch.cat([self.of.repeat(CHANNEL), torch.arange(len(self.channels)).repeat(LAYER)])
+        layers = len(Offsets._fields) - 1
+        self.of_offsets = torch.cat([self.of, torch.arange(len(self.channels)).repeat(layers)])
         lengths = [CHANNEL * n + LAYER for n in self.channels]
         places = [place.split([len(place) - LAYER, LAYER]) for place in torch.arange(sum(lengths)).split(lengths)]
         by_channel = torch.cat([place.view(CHANNEL, -1) for place, _ in places], dim=1)
@@ -94,9 +112,14 @@ class Layers:
         by_channel, by_layer = packed.split([CHANNEL * len(self.of), LAYER * len(self.channels)])
         return Sums(*by_channel.view(CHANNEL, -1), *by_layer.view(LAYER, -1))
 
-    def by_channel(self, sums: Sums) -> Sums:
+    def unpack_offsets(self, packed: Tensor) -> Offsets:
+        """Offsets of [C] and [L]."""
+        layers = len(self.channels)
+        return Offsets(*packed.split([len(self.of)] + [layers] * (len(Offsets._fields) - 1)))
+
+    def by_channel(self, sums: _Each) -> _Each:
         """Everything as [C]."""
-        return Sums(*sums[:CHANNEL], *(t[self.of] for t in sums[CHANNEL:]))
+        return sums._make(t[self.of] if len(t) == len(self.channels) else t for t in sums)
 
     def by_layer(self, sums: Sums) -> Sums:
         """Everything as [L], each layer as if its channels were one."""
@@ -119,7 +142,7 @@ class Running(NamedTuple):
     var: Tensor
 
 
-def add_up(
+def terms(
     local: Moments,
     whole: Moments,
     between_images: Tensor,
@@ -130,7 +153,7 @@ def add_up(
     eps: Tensor,
     of: Tensor,
 ) -> Sums:
-    """The Sums of K forwards.
+    """The Sums of each of K forwards, [K, C] and [K, L].
 
     Args:
         local, whole: Moments of this rank and of all that it is compared with, count [K, L], mean and m2 [K, C].
@@ -150,7 +173,7 @@ def add_up(
     unbiased = tracked.m2 / (tracked.count[:, of] - 1).clamp(min=1)
     shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
     ratio = known * ((unbiased + eps) / (running.var + eps)).log()
-    terms = (
+    return Sums(
         (scale * count).sqrt() * apart,
         scale * count * apart.square(),
         scale * between_images,
@@ -171,7 +194,11 @@ def add_up(
         local.count,
         whole.count,
     )
-    return Sums(*(term.sum(0) for term in terms))
+
+
+def add_up(each: Sums) -> Sums:
+    """The Sums of K forwards together, of those of each."""
+    return Sums(*(t.sum(0) for t in each))
 
 
 def f_ratio(sums: Sums) -> Tensor:
@@ -207,7 +234,7 @@ def effective_size(sums: Sums) -> Tensor:
     return 1 + sums.total / sums.forwards / mean_square
 
 
-def offset_t(mine: Sums, whole: Sums) -> Tensor:
+def offset_t(mine: Sums | Offsets, whole: Sums) -> Tensor:
     """[C] how far this rank stands apart from the others for long, as a Student t of rank_freedom - 1 degrees.
 
     By chance the offsets of all ranks and forwards are a vector of rank_freedom normal numbers, of which mine.offset is
@@ -220,7 +247,7 @@ def offset_t(mine: Sums, whole: Sums) -> Tensor:
     return mine.offset.sign() * (r2 * (whole.rank_freedom - 1).clamp(min=0) / (1 - r2)).sqrt()
 
 
-def offset_size(mine: Sums, whole: Sums) -> Tensor:
+def offset_size(mine: Sums | Offsets, whole: Sums) -> Tensor:
     """[C] mean_r - mean over all forwards, in standard deviations of an image's mean; of a rank's, if none is seen."""
     mean_square = (whole.between_ranks + whole.between_images) / (whole.rank_freedom + whole.image_freedom)
     return mine.offset / mine.forwards / (mean_square * (mine.images / mine.forwards).clamp(min=1)).sqrt()
@@ -242,40 +269,3 @@ def lag_z(mean: Tensor, mean_square: Tensor, forwards: Tensor, runs: Tensor, mom
     of_mean = of_one * (1 - (1 - momentum) ** forwards) / (momentum * forwards.square()) / runs
     scatter = (mean_square - mean.square()).clamp(min=0) / (of_one - of_mean)
     return torch.where(forwards > 1, (mean_square / (of_one * scatter)).sqrt(), torch.nan)
-
-
-def log_f_tail(f: Tensor, between: Tensor, within: Tensor) -> Tensor:
-    """ln P(F > f) for F of (between, within) degrees of freedom; of a Student t, f = t² with between = 1 is |t|'s.
-
-    NaN where f or a degree of freedom is no positive number.
-    """
-    f, between, within = torch.broadcast_tensors(*(t.double() for t in (f, between, within)))
-    good = (f >= 0) & (between > 0) & (within > 0) & f.isfinite()
-    a, b = (torch.where(good, t, 1.0) / 2 for t in (within, between))
-    x = a / (a + b * torch.where(good, f, 1.0))
-    # The continued fraction is quick below the mean
-    swap = x > (a + 1) / (a + b + 2)
-    small = _log_incomplete_beta(torch.where(swap, b, a), torch.where(swap, a, b), torch.where(swap, 1 - x, x))
-    return torch.where(good, torch.where(swap, torch.log1p(-small.exp()), small), torch.nan)
-
-
-def _log_incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """ln I_x(a, b), regularised. Source: DLMF 8.17.22, evaluated as Lentz 1976 does."""
-    tiny = 1e-300
-    c, d = torch.ones_like(x), 1 / _away_from_0(1 - (a + b) * x / (a + 1), tiny)
-    h = d
-    for m in range(1, 20_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in even, odd:
-            d = 1 / _away_from_0(1 + term * d, tiny)
-            c = _away_from_0(1 + term / c, tiny)
-            h = h * c * d
-        if m % 8 == 0 and ((c * d - 1).abs() < 1e-13).all():
-            break
-    front = torch.xlogy(a, x) + b * torch.log1p(-x) - a.log()
-    return front + torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b) + h.log()
-
-
-def _away_from_0(v: Tensor, tiny: float) -> Tensor:
-    return torch.where(v.abs() < tiny, tiny, v)

@@ -32,6 +32,19 @@ class Verdict(NamedTuple):
     rank: int | None = None
 
 
+class Reading(NamedTuple):
+    """What `DriftMonitor.read` found, over the last readings together; the same on every rank.
+
+    layers: by layer, the figures that are defined: see DriftMonitor.
+    rank_z: by layer, how far each rank stands apart for long, as a multiple of chance: 1 is chance.
+    verdicts: what is wrong, the weightiest first; none is ok.
+    """
+
+    layers: dict[str, dict[str, float]]
+    rank_z: dict[str, list[float]]
+    verdicts: list[Verdict]
+
+
 class Evidence(NamedTuple):
     """What is known of one layer.
 

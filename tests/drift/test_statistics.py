@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from syncbn.drift import statistics
 from syncbn.drift.figures import Traits, apart, chance, figures
-from syncbn.drift.statistics import Layers, Running, Sums, add_up
+from syncbn.drift.statistics import Layers, Offsets, Running, Sums, add_up, terms
+from syncbn.drift.tails import log_f_tail
 from syncbn.moments import Moments
 
 RUNS = 10_000  # each is a channel: channels do not meet
@@ -49,7 +50,7 @@ def sums_of(ranks, running=None):
         between = values.size(2) * (values.mean(2) - local.mean.unsqueeze(1)).square().sum(1)
         scale = torch.ones(channels, dtype=torch.float64)
         eps, of = torch.full_like(scale, EPS), torch.zeros(channels, dtype=torch.int64)
-        each.append(add_up(local, whole, between, images, whole, running, scale, eps, of))
+        each.append(add_up(terms(local, whole, between, images, whole, running, scale, eps, of)))
     return each, Sums(*(torch.stack(field).sum(0) for field in zip(*each, strict=True)))
 
 
@@ -57,7 +58,7 @@ def sums_of(ranks, running=None):
 def test_the_tail_of_f_is_scipys(between, within):
     f = torch.tensor([0.0, 0.01, 0.5, 1.0, 1.05, 2.0, 5.0, 20.0, 1000.0], dtype=torch.float64)
 
-    got = statistics.log_f_tail(f, *(torch.tensor(d, dtype=torch.float64) for d in (between, within)))
+    got = log_f_tail(f, *(torch.tensor(d, dtype=torch.float64) for d in (between, within)))
 
     want = torch.tensor(stats.f.logsf(f.numpy(), between, within))
     known = want.isfinite()  # scipy's underflows
@@ -69,7 +70,7 @@ def test_the_tail_of_f_is_scipys(between, within):
 def test_the_tail_of_what_is_no_f_is_nan():
     nan, inf = math.nan, math.inf
     f, between, within = torch.tensor([[nan, inf, -1.0, 1.0, 1.0], [3, 3, 3, 0, 3], [3, 3, 3, 3, nan]]).double()
-    assert statistics.log_f_tail(f, between, within).isnan().all()
+    assert log_f_tail(f, between, within).isnan().all()
 
 
 SPLITS = {
@@ -104,7 +105,7 @@ def test_f_is_the_analysis_of_variance(split):
 def test_chance_crosses_the_999th_thousandth_of_f_once_in_a_thousand(split):
     _, whole = sums_of(shards(*split))
 
-    tail = statistics.log_f_tail(statistics.f_ratio(whole), whole.rank_freedom, whole.image_freedom)
+    tail = log_f_tail(statistics.f_ratio(whole), whole.rank_freedom, whole.image_freedom)
 
     assert 0.0005 <= float((tail < math.log(0.001)).double().mean()) <= 0.002
     assert float((tail < math.log(0.5)).double().mean()) == pytest.approx(0.5, abs=0.02)
@@ -115,7 +116,7 @@ def test_chance_crosses_the_999th_thousandth_of_an_offset_once_in_a_thousand(cou
     each, whole = sums_of(shards(10, counts, seed=1))
 
     t2 = torch.stack([statistics.offset_t(mine, whole).square() for mine in each])
-    tail = statistics.log_f_tail(t2, torch.tensor(1.0), whole.rank_freedom - 1)
+    tail = log_f_tail(t2, torch.tensor(1.0), whole.rank_freedom - 1)
     assert 0.0005 <= float((tail < math.log(0.001)).double().mean()) <= 0.002
     assert ((tail < math.log(0.5)).double().mean(1) - 0.5).abs().max() < 0.03
 
@@ -194,9 +195,13 @@ def test_layers_side_by_side_have_the_figures_that_they_have_alone():
         alone = Layers([channels[n]])
         for name, value in figures(one, alone, traits(1), 2, 1).items():
             assert_close(found[name][n : n + 1], value, equal_nan=True)
-        for got, want in zip(apart(mine, whole, together), apart(ranks[0], one, alone), strict=True):
+        for got, want in zip(
+            apart(Offsets.of(mine), whole, together), apart(Offsets.of(ranks[0]), one, alone), strict=True
+        ):
             assert_close(got[n : n + 1], want)
-        for got, want in zip(chance(mine, whole, together), chance(ranks[0], one, alone), strict=True):
+        for got, want in zip(
+            chance(Offsets.of(mine), whole, together), chance(Offsets.of(ranks[0]), one, alone), strict=True
+        ):
             assert_close(got[n : n + 1], want)
 
 
@@ -217,8 +222,8 @@ def test_constant_and_nearly_constant_channels_are_counted_and_are_no_evidence()
     assert found["dead"].tolist() == [1]
     assert found["eps_dominated"].tolist() == [2]
     each, whole = sums_of([values[..., :1] for values in ranks])
-    assert chance(each[2], whole, Layers([1])).offset.tolist() == [0]
-    assert chance(each[2], whole, Layers([1])).between_ranks.tolist() == [0]
+    assert chance(Offsets.of(each[2]), whole, Layers([1])).offset.tolist() == [0]
+    assert chance(Offsets.of(each[2]), whole, Layers([1])).between_ranks.tolist() == [0]
 
 
 def test_what_cannot_be_known_is_nan():
