@@ -4,6 +4,7 @@ import itertools
 import pickle
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -162,10 +163,23 @@ def _current_world() -> _World:
 
 def _new_group(ranks: tuple[int, ...]) -> ProcessGroup:
     """A communicator of the operator's own, so that a message never queues behind DDP's gradient buckets."""
-    options = None
+    options, timeout = None, _timeout(dist.group.WORLD)
     if dist.get_backend() == "nccl":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    return dist.new_group(ranks, pg_options=options, group_desc="syncbn")  # pyright: ignore[reportReturnType]
+        if timeout is not None:
+            options._timeout = timeout
+    return dist.new_group(  # pyright: ignore[reportReturnType]
+        ranks, timeout=timeout, pg_options=options, group_desc="syncbn"
+    )
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """What the user gave init_process_group, which new_group would not take over; None if the backend does not say."""
+    # torch 2.15 has no public way
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
 
 
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:

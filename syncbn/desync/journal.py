@@ -28,9 +28,15 @@ class Messages:
 
 
 class Journal:
-    """What this rank sent to whom; in_flight while its latest message is awaited."""
+    """What this rank sent to whom, and how far its loop says that it is.
+
+    latest: the ranks of its latest message; in_flight while that is awaited.
+    step: the loop's number, -1 before there is one. signs: how often it said that it is alive.
+    """
 
     def __init__(self) -> None:
+        self.step = -1
+        self.signs = 0
         self.by_ranks: dict[Ranks, Messages] = {}
         self.latest: Ranks = ()
         self.in_flight = False
@@ -44,6 +50,15 @@ class Journal:
         messages.at = messages.at[0] + 1, code
         messages.log.append(code)
         self.in_flight = True
+
+    def alive(self, step: int | None) -> None:
+        self.signs += 1
+        if step is not None:
+            self.step = step
+
+    def progress(self) -> int:
+        """A number that grows whenever this rank gets on."""
+        return self.signs + sum(messages.at[0] for messages in list(self.by_ranks.values()))
 
     def clear(self) -> None:
         for messages in self.by_ranks.values():

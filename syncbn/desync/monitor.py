@@ -28,15 +28,21 @@ class DesyncMonitor:
     device, and read by `check`. Layers of different C make messages of different lengths, and no monitor survives that:
     gloo ends a process, NCCL hangs, which the watchdog tells, or goes on.
 
-    The watchdog, a thread, tells when this rank has made no message for patience_s while another rank of the group is
-    not at its last one, or has fallen silent (stopped, killed, its machine gone), or when the process group's store,
-    through which ranks hear of each other, is silent itself. On CUDA the host runs ahead: the message that it names is
-    the last one enqueued. Compiled layers carry fingerprints, but keep no log, so the watchdog does not see them.
+    The watchdog, a thread, tells when this rank has made no progress for patience_s, no message and no call of `alive`,
+    while another rank is at an earlier step or not at its group's last message, or has fallen silent (stopped, killed,
+    its machine gone), or when the process group's store, through which ranks hear of each other, is silent itself. So a
+    pause that all ranks make, however long, is none. On CUDA the host runs ahead: the message that it names is the last
+    one enqueued. Compiled layers carry fingerprints, but keep no log: of them, as of a model that has no SyncBatchNorm,
+    the watchdog knows by `alive` alone, and without that only who is silent.
+
+        with DesyncMonitor(model) as monitor:
+            for step, batch in enumerate(batches):
+                monitor.alive(step)
 
     Without a process group nothing is watched. The state is this process's: no state_dict, copy or pickle has it.
 
     Args:
-        model: holds the layers to watch, on their devices already.
+        model: holds the layers to watch, if there are any, on their devices already.
         patience_s: seconds without progress, > 0, until the watchdog reports. Let it exceed what one rank alone may
             take between messages (a checkpoint written by rank 0), and be below the process group's timeout.
         report: what to do with the watchdog's text, once a stall, on a thread; None logs it as an error of "syncbn".
@@ -70,6 +76,24 @@ class DesyncMonitor:
         self._witnesses = [Witness(n, layer, self._journal) for n, layer in enumerate(self._layers.values())]
         for layer, witness in zip(self._layers.values(), self._witnesses, strict=True):
             layer.witness = witness
+
+    def alive(self, step: int | None = None) -> None:
+        """Tell the watchdog that this rank gets on. It sets a number: it waits for nothing, and sends nothing.
+
+        Args:
+            step: grows in the same way on every rank, so that a rank at an earlier one is late: the step of training,
+                told after its batch has come, before its first collective. None in what ranks may do unlike many times,
+                as evaluation: it counts as progress, but nobody is late by it.
+        """
+        self._journal.alive(step)
+
+    @property
+    def stall(self) -> str | None:
+        """What the watchdog reported of the stall that this rank is in; None without one, or without a cause.
+
+        For whoever catches what a collective raised, to say why.
+        """
+        return None if self._watchdog is None else self._watchdog.stall
 
     def check(self) -> None:
         """Raise DesyncError on every rank if ranks of a group ran different layers since the last check.

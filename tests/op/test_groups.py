@@ -2,7 +2,11 @@
 
 import copy
 import io
+import multiprocessing
 import pickle
+import re
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -235,8 +239,6 @@ def destroyed(path):
 
 
 def test_a_process_group_that_is_gone(tmp_path):
-    import multiprocessing
-
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         errors = pool.apply(destroyed, [tmp_path / "store"])
 
@@ -288,3 +290,58 @@ def agreements(rank, x):
 
 def test_a_model_agrees_on_its_group_once():
     assert run_ranks(agreements, 2, torch.randn(2, 8, 3)) == [1, 1]
+
+
+def alone_in(rank, path, together, queue):
+    """Rank 0 puts what it raises, and after how many seconds, when rank 1 comes to one forward less."""
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2, timeout=timeout)
+    layer, x = SyncBatchNorm(3), torch.randn(4, 3)
+    if together:
+        layer(x)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(60)
+    begun = time.monotonic()
+    try:
+        layer(x)
+    except RuntimeError as error:
+        queue.put((str(error), time.monotonic() - begun))
+
+
+TIMEOUT_S = 5
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["late", "never-came"])
+def test_a_layer_waits_for_its_peers_as_long_as_the_default_group(tmp_path, together):
+    """torch's new_group would wait for 30 minutes, whatever init_process_group was told."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    args = tmp_path / "store", together, queue
+    ranks = [context.Process(target=alone_in, args=(rank, *args), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        error, waited_s = queue.get(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert re.search("timed out|timeout", error, re.IGNORECASE)
+    assert TIMEOUT_S - 1 < waited_s < TIMEOUT_S + 10
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="a torch that has no NCCL")
+def test_a_group_of_nccl_is_asked_for_with_the_same_timeout():
+    """There is no GPU to time it on: what new_group is given."""
+    from unittest.mock import patch
+
+    timeout = timedelta(seconds=TIMEOUT_S)
+    with (
+        patch.object(dist, "get_backend", return_value="nccl"),
+        patch.object(collectives, "_timeout", return_value=timeout),
+        patch.object(dist, "new_group") as new_group,
+    ):
+        collectives._new_group((0, 1))
+    given = new_group.call_args.kwargs
+    assert given["timeout"] == given["pg_options"]._timeout == timeout
+    assert given["pg_options"].is_high_priority_stream
