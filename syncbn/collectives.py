@@ -235,12 +235,12 @@ def store() -> dist.distributed_c10d.Store:
 class Witness(Protocol):
     """Somebody who marks a layer's messages, to notice when ranks send those of different layers to each other.
 
-    stamp: [2] float64, which travels with the message about to be sent.
+    stamp: [2] float64, which travels with the message about to be sent; None on every rank: none does.
     received: is given the sum [2] of the stamps of the group's `size` ranks.
     """
 
-    def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor: ...
-    def received(self, direction: Direction, stamps: Tensor, size: int) -> None: ...
+    def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor | None: ...
+    def received(self, direction: Direction, stamps: Tensor | None, size: int) -> None: ...
 
 
 class Exchange(NamedTuple):
@@ -280,16 +280,20 @@ def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     group, reduction, witness = exchange
     assert group is not None
     gathering = reduction != "all_reduce"
-    if witness is not None:
-        message = torch.cat([message, witness.stamp(direction, group, message.device)])
+    stamp = None if witness is None else witness.stamp(direction, group, message.device)
+    if stamp is not None:
+        message = torch.cat([message, stamp])
     if gathering:
         shared = _gather(message, group, reduction)
     else:
         dist.all_reduce(message, group=group)
         shared = message
-    if witness is not None:
+    stamps = None
+    if stamp is not None:
         shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
-        witness.received(direction, stamps.sum(0) if gathering else stamps, group.size())
+        stamps = stamps.sum(0) if gathering else stamps
+    if witness is not None:
+        witness.received(direction, stamps, group.size())
     return shared
 
 

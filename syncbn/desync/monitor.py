@@ -46,17 +46,23 @@ class DesyncMonitor:
         patience_s: seconds without progress, > 0, until the watchdog reports. Let it exceed what one rank alone may
             take between messages (a checkpoint written by rank 0), and be below the process group's timeout.
         report: what to do with the watchdog's text, once a stall, on a thread; None logs it as an error of "syncbn".
+        fingerprints: mark messages. Without, they stay as they are, and `check` sees no more than uneven numbers.
 
     Raises:
         DesyncError: the ranks' models hold different layers.
         ValueError: patience_s is not positive; a layer is watched already.
 
     Collective: every rank opens it and closes it between the same two steps, as messages are 2 float64 longer while
-    it is open.
+    it is open (without fingerprints, as long as ever).
     """
 
     def __init__(
-        self, model: nn.Module, *, patience_s: float = 60.0, report: Callable[[str], Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        patience_s: float = 60.0,
+        report: Callable[[str], Any] | None = None,
+        fingerprints: bool = True,
     ) -> None:
         if patience_s <= 0:
             raise ValueError(f"patience_s is {patience_s}: it must be positive")
@@ -73,7 +79,9 @@ class DesyncMonitor:
             self._watchdog = Watchdog(self._names, self._journal, patience_s, report, everyone, key)
             # At exit no thread must be inside the store
             atexit.register(self.close)
-        self._witnesses = [Witness(n, layer, self._journal) for n, layer in enumerate(self._layers.values())]
+        self._witnesses = [
+            Witness(n, layer, self._journal, fingerprints) for n, layer in enumerate(self._layers.values())
+        ]
         for layer, witness in zip(self._layers.values(), self._witnesses, strict=True):
             layer.witness = witness
 
@@ -164,8 +172,8 @@ def _form_groups(layers: Iterable[SyncBatchNorm]) -> None:
 class Witness:
     """Marks one layer's messages with its code, 2n forward and 2n + 1 backward, and adds up what else came along."""
 
-    def __init__(self, n: int, layer: nn.Module, journal: Journal):
-        self._journal = journal
+    def __init__(self, n: int, layer: nn.Module, journal: Journal, fingerprints: bool):
+        self._journal, self._fingerprints = journal, fingerprints
         self._codes: dict[Direction, int] = {"forward": 2 * n, "backward": 2 * n + 1}
         held = next((t for t in (*layer.parameters(), *layer.buffers())), None)
         self._place(torch.device("cpu") if held is None else held.device, 0.0)
@@ -178,17 +186,18 @@ class Witness:
         self._stamps = {direction: on_device(f, f * f) for direction, f in self._codes.items()}
         self._weights = {direction: on_device(-2 * f, 1) for direction, f in self._codes.items()}
 
-    def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor:
+    def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor | None:
         if not torch.compiler.is_compiling():
             self._journal.add(group, self._codes[direction])
             if self.wrong.device != device:
                 self._place(device, float(self.wrong))
-        return self._stamps[direction]
+        return self._stamps[direction] if self._fingerprints else None
 
-    def received(self, direction: Direction, stamps: Tensor, size: int) -> None:
+    def received(self, direction: Direction, stamps: Tensor | None, size: int) -> None:
         if not torch.compiler.is_compiling():
             self._journal.in_flight = False
-        self.wrong.add_(stamps.dot(self._weights[direction]) + size * self._codes[direction] ** 2)
+        if stamps is not None:
+            self.wrong.add_(stamps.dot(self._weights[direction]) + size * self._codes[direction] ** 2)
 
 
 def _verdict(streams: Sequence[Streams], wrong: Sequence[dict[int, float]], names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """How a run ends other than well: the one kind of error that is the user's to mend, and the exit codes."""
 
+FAILED = 1  # an error of another kind, or another rank was lost
 USER_ERROR = 2  # something asked for cannot be done; one line on stderr says what
 INCOMPLETE = 3  # trained to the end, but a file could not be written; one line says which
 PREEMPTED = 75  # asked to end by a signal, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)

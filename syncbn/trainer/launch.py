@@ -135,13 +135,21 @@ def start_ranks(config: Config) -> None:
         try:
             elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over))
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise RanksFailed(f"rank {rank} {_end(failure.exitcode)}", failure.exitcode) from None
+            rank, code = to_blame({rank: failure.exitcode for rank, failure in error.failures.items()})
+            raise RanksFailed(f"rank {rank} {_end(code)}", code) from None
         except SignalException as signalled:
             # The agent has sent it to the ranks and waited for them, but does not tell how they ended
             told = handed_over.with_name(EXIT_CODE)
             code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
             raise RanksFailed(f"ended by {signalled.sigval.name}", code) from None
+
+
+def to_blame(exit_codes: dict[int, int]) -> tuple[int, int]:
+    """The rank that the others fell with, and its exit code: one that said why, else one that was killed."""
+    told = [code in FINAL for code in exit_codes.values()]
+    killed = [code < 0 and code != -signal.SIGTERM for code in exit_codes.values()]
+    ranked = sorted(zip(told, killed, exit_codes.items(), strict=True), key=lambda one: one[:2], reverse=True)
+    return ranked[0][2]
 
 
 def named(config: Config) -> Config:
@@ -178,4 +186,6 @@ def _refuse_multirun() -> int:
 
 
 def _end(exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "was ended by SIGKILL (the kernel's, if memory ran out: then lower data.batch_per_rank)"
     return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"failed with exit code {exit_code}"

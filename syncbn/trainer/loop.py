@@ -100,7 +100,7 @@ def fit(
         take_step = Captured(take_step, training.optimizer, capture)
     steps = config.total_steps(training.data.steps_per_epoch)
     eval_every = config.eval_every or training.data.steps_per_epoch
-    batches = Waited(training.data.train)
+    batches = Waited(training.data.train, training)
     stop = stop or Stop(world)
     training.model.train()
     try:
@@ -254,8 +254,9 @@ def autocast(config: TrainConfig, world: World) -> AbstractContextManager:
 class Waited:
     """An iterator over training batches that knows how long it was waited for."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: Batches, training: Training):
         self.batches: Iterator[Batch] = iter(batches)
+        self.training = training
         self.began, self.waited_s = time.perf_counter(), 0.0
 
     def __iter__(self) -> "Waited":
@@ -265,6 +266,7 @@ class Waited:
         asked = time.perf_counter()
         batch = next(self.batches)
         self.waited_s += time.perf_counter() - asked
+        self.training.alive()
         return batch
 
     def restart_clock(self) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """One run on one rank: build everything from the config, train, and leave one folder behind."""
 
 import logging
-import re
 import sys
+import traceback
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import syncbn
 from syncbn.trainer import data, drift, graph, models, norms, optim, resume, tasks, world
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
-from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
+from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError
+from syncbn.trainer.failures import LostRank, explained
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.guard import Guard
-from syncbn.trainer.loop import BadSteps, fit
+from syncbn.trainer.loop import fit
 from syncbn.trainer.metrics import Totals
 from syncbn.trainer.resume import Keeper, Start
 from syncbn.trainer.stop import Preempted, Stop
@@ -55,6 +57,7 @@ def run(config: Config, ranks: World) -> int:
             folder.create(settings)
     log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
+    training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
     if start:
         training.go_on_from(start.state, ranks, seed=config.seed)
     watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
@@ -75,38 +78,13 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
     except BaseException as error:
         if watch:
             watch.give_up()
-        if isinstance(error, BadSteps):
-            raise diverged(error, training) from error
-        if config.train.compile and (broken := graph_break(error)):
-            raise broken from error
-        raise
+        raise explained(error, training, config, ranks.rank) from error
+    finally:
+        if training.desync:
+            training.desync.close()
     if watch:
         watch.finish(training.figures)
     return INCOMPLETE if watch and watch.missing else 0
-
-
-def diverged(error: BadSteps, training: Training) -> UserError:
-    """The error as the user can act on it."""
-    mend = "try a lower optim.lr, a longer schedule.warmup_epochs or train.clip_norm=1"
-    return UserError(
-        f"{error}: every rank has stopped, and the last checkpoint is from before; {mend}", on_every_rank=True
-    )
-
-
-def graph_break(error: BaseException) -> UserError | None:
-    """The error as the user can act on it, if it says that torch.compile cannot make one graph of the model."""
-    from torch._dynamo.exc import Unsupported  # takes seconds, and is there already where a model was compiled
-
-    if not isinstance(error, Unsupported):
-        return None
-    text = str(error)
-    frames = re.findall(r'File "(.+)", line (\d+), in .*\n *(.+)', text.partition("from user code")[2])
-    where = "at {}:{}, {!r}".format(*frames[-1]) if frames else "somewhere"
-    return UserError(
-        f"train.compile=true makes one graph of the model, and it breaks {where} ({text.splitlines()[0].rstrip('.')}): "
-        "write that without a graph break, or train.compile=false",
-        on_every_rank=True,
-    )
 
 
 def build(config: Config, ranks: World, start: Start | None = None) -> Parts:
@@ -165,6 +143,7 @@ def log_to(path: Path, *, warn: bool) -> None:
         handlers.append(screen)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk would have each line of the log tell so
 
 
 def as_rank(find_config: Callable[[], Config]) -> int:
@@ -179,9 +158,12 @@ def as_rank(find_config: Callable[[], Config]) -> int:
         if error.on_every_rank:
             world.wait_for_word_of_rank_0()
         return USER_ERROR
-    except Exception:
-        log.exception("rank %d failed", world.rank())
-        raise
+    except Exception as error:
+        log.info("rank %d failed", world.rank(), exc_info=True)
+        lost = isinstance(error, LostRank)
+        text = f"error: rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
+        print(text, end="", file=sys.stderr, flush=True)
+        return FAILED
     world.leave()
     return code
 

@@ -36,6 +36,7 @@ class Training:
     totals: Totals
     average: Average | None = None
     drift: syncbn.DriftMonitor | None = None
+    desync: syncbn.DesyncMonitor | None = None
     recalibrate: int = 0  # training batches to recalibrate from at each evaluation
     step: int = 0
     evaluated: int = 0  # the step of the last evaluation ...
@@ -50,6 +51,11 @@ class Training:
     def best_model(self) -> nn.Module:
         """The model to evaluate and to keep: the average, if there is one."""
         return self.average.module if self.average else self.model.module
+
+    def alive(self) -> None:
+        """Let the other ranks' watchdogs know that this one gets on."""
+        if self.desync:
+            self.desync.alive(self.step)
 
     def state(self, world: World) -> State:
         """Everything that shapes what comes; whole on rank 0 alone. Collective.

@@ -1,0 +1,73 @@
+"""What an error in the middle of a run means to its user."""
+
+import re
+
+import torch
+import torch.distributed as dist
+
+from syncbn.trainer.config import Config
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.loop import BadSteps
+from syncbn.trainer.training import Training
+
+
+class LostRank(RuntimeError):
+    """Another rank did not come; the text says which, if that is known."""
+
+
+def explained(error: BaseException, training: Training, config: Config, rank: int) -> BaseException:
+    """The error as the user can act on it, or as it is."""
+    if isinstance(error, BadSteps):
+        return diverged(error)
+    if is_out_of_memory(error):
+        return out_of_memory(error, config, rank)
+    if config.train.compile and (broken := graph_break(error)):
+        return broken
+    if lost_another(error):
+        return LostRank((training.desync and training.desync.stall) or first_line(error))
+    return error
+
+
+def diverged(error: BadSteps) -> UserError:
+    mend = "try a lower optim.lr, a longer schedule.warmup_epochs or train.clip_norm=1"
+    return UserError(
+        f"{error}: every rank has stopped, and the last checkpoint is from before; {mend}", on_every_rank=True
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException, config: Config, rank: int) -> UserError:
+    asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+    return UserError(
+        f"rank {rank} has no memory left{f' ({asked[0].lower()})' if asked else ''}: lower "
+        f"data.batch_per_rank={config.data.batch_per_rank}, and raise train.accumulate={config.train.accumulate} to "
+        "keep the images of a step; train.precision=bf16 takes less too"
+    )
+
+
+def graph_break(error: BaseException) -> UserError | None:
+    """What to say if torch.compile cannot make one graph of the model."""
+    from torch._dynamo.exc import Unsupported  # takes seconds, and is there already where a model was compiled
+
+    if not isinstance(error, Unsupported):
+        return None
+    text = str(error)
+    frames = re.findall(r'File "(.+)", line (\d+), in .*\n *(.+)', text.partition("from user code")[2])
+    where = "at {}:{}, {!r}".format(*frames[-1]) if frames else "somewhere"
+    return UserError(
+        f"train.compile=true makes one graph of the model, and it breaks {where} ({text.splitlines()[0].rstrip('.')}): "
+        "write that without a graph break, or train.compile=false",
+        on_every_rank=True,
+    )
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether a collective failed, as one does when another rank has died or does not come."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
