@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
 from syncbn.trainer.data.sources import SOURCES, fingerprint
+from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 
@@ -83,7 +84,9 @@ class Batches:
         return sampler.most
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        with signals_held():
+            batches = iter(self.loader)
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             images = batch.images.to(self.device, non_blocking=True).float().sub(self.mean).mul(self.scale)
@@ -159,6 +162,7 @@ def build(
             collate_fn=_as_they_are,
             pin_memory=world.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=HeedRankAlone(),
             generator=torch.Generator(),  # or the loader would draw from the process's
         )
         return Batches(loader, config, world.device, memory_format)

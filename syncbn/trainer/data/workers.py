@@ -1,0 +1,48 @@
+"""Processes that load data: deaf to what is sent to a rank's whole process group, and gone with their rank."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what launchers and schedulers end or warn a job with
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class HeedRankAlone:
+    """A DataLoader's worker_init_fn, made in the rank: SIGTERM ends the worker only if the rank itself sent it.
+
+    A signal to the process group is the rank's to act on, which still wants its batches to finish the step. On Linux
+    the kernel kills the worker with the rank; elsewhere torch's workers look for it every 5 s.
+    """
+
+    def __init__(self) -> None:
+        self.rank = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        Thread(target=self._end_when_told, daemon=True).start()
+        if sys.platform == "linux" and os.getppid() == self.rank:  # a fork server is another parent
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def _end_when_told(self) -> None:
+        # multiprocessing's exit ends workers so, and waits for them for ever
+        if hasattr(signal, "sigwaitinfo"):
+            while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self.rank:
+                pass
+        else:
+            signal.sigwait([signal.SIGTERM])
+        os._exit(0)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Keep the signals waiting while workers are started, which start with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
