@@ -24,7 +24,7 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
     if config.train.compile and (broken := graph_break(error)):
         return broken
     if lost_another(error):
-        return LostRank((training.desync and training.desync.stall) or first_line(error))
+        return LostRank((training.desync and training.desync.stall) or reason(error))
     return error
 
 
@@ -69,5 +69,7 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: BaseException) -> str:
+    """The first sentence, without the place in a C++ source that it begins with."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0]

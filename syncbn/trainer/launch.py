@@ -116,7 +116,8 @@ def start_ranks(config: Config) -> None:
 
     nproc = world.ranks_to_start(config.launch)
     world.set_rank_environment(config.launch, nproc)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failed rank has spoken itself
+    for name in "", ".agent.server.api":  # a failed rank has spoken itself
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
         handed_over = Path(scratch) / "config.yaml"
         handed_over.write_text(to_yaml(config))

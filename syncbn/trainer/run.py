@@ -62,8 +62,8 @@ def run(config: Config, ranks: World) -> int:
         training.go_on_from(start.state, ranks, seed=config.seed)
     watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
     code = train(training, config, ranks, watch, stop)
-    # No rank leaves before rank 0 has written all it has to: a launcher ends all ranks as soon as one has ended
-    return ranks.from_rank_0(code)
+    # Rank 0 has a report to write, and W&B to wait for
+    return int(world.word_of_rank_0(str(code), patience_s=600) or FAILED)
 
 
 def train(training: Training, config: Config, ranks: World, watch: Watch | None, stop: Stop) -> int:
@@ -156,7 +156,7 @@ def as_rank(find_config: Callable[[], Config]) -> int:
         if world.rank() == 0 or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if error.on_every_rank:
-            world.wait_for_word_of_rank_0()
+            world.word_of_rank_0("", patience_s=30)
         return USER_ERROR
     except Exception as error:
         log.info("rank %d failed", world.rank(), exc_info=True)

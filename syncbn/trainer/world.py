@@ -213,16 +213,18 @@ def join(config: LaunchConfig, store: Store) -> World:
     return World(rank(), size, device, config.timeout_s)
 
 
-def wait_for_word_of_rank_0() -> None:
-    """Hold this rank until rank 0 has come here too: a launcher ends all ranks as soon as one has ended.
+def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
+    """Rank 0's word, once it has come here too; None if it is gone, or does not come in time.
 
-    Every rank calls it; none waits for longer than 30 s, nor for a rank 0 that is gone.
+    Every rank calls it: none then ends before rank 0 is done, as a launcher ends all ranks as soon as one has ended.
     """
     with suppress(RuntimeError):
         if rank() == 0:
-            meet().set("syncbn/said", "")
-        else:
-            meet().wait(["syncbn/said"], timedelta(seconds=30))
+            meet().set("syncbn/word", word)
+            return word
+        meet().wait(["syncbn/word"], timedelta(seconds=patience_s))
+        return meet().get("syncbn/word").decode()
+    return None
 
 
 def leave() -> None:
