@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.secrets import redacted
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (
@@ -23,6 +25,8 @@ OUTSIDE = (
     "train.log_every",
 )
 
+LONGEST = 200  # bytes of a run's name; file systems take 255 for a name
+
 
 @dataclass
 class RunConfig:
@@ -31,8 +35,14 @@ class RunConfig:
     overwrite: bool = False  # replace a run of the same name that had another config
 
     def __post_init__(self) -> None:
-        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise UserError(f"run.name={self.name}: give one folder's name; run.root says where it lies")
+        if self.name is not None and (Path(self.name).name != self.name or self.name[:1] in ("", ".")):
+            raise UserError(f"run.name={shown(self.name)}: give one folder's name; run.root says where it lies")
+        if self.name is not None and not is_legal(self.name):
+            raise UserError(
+                f"run.name={shown(self.name)}: give a name of at most {LONGEST} bytes without control characters"
+            )
+        if not self.root or "\0" in self.root:
+            raise UserError(f"run.root={shown(self.root)}: give the folder of all runs")
 
 
 class RunFolder:
@@ -51,13 +61,14 @@ class RunFolder:
 
     def refuse_other(self, config: dict[str, Any]) -> None:
         """Raise if the folder holds a run of another config (unless it may be replaced), or no run at all."""
+        self.refuse_elsewhere()
         if not self.path.exists():
             return
         if not self.config.is_file():
             raise UserError(f"{self.path} exists and is no run (it has no config.yaml): choose another run.name=")
         if self.overwrite:
             return
-        changes = differences(yaml.safe_load(self.config.read_text()), config)
+        changes = differences(redacted(yaml.safe_load(self.config.read_text())), redacted(config))
         if changes:
             raise UserError(
                 f"{self.path} holds a run with another config ({', '.join(changes)}): "
@@ -65,16 +76,27 @@ class RunFolder:
             )
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the folder anew, with the config in it."""
+        """Make the folder anew, with the config in it, but for its secrets."""
+        self.refuse_elsewhere()
         if self.path.exists():
             shutil.rmtree(self.path)
         self.checkpoint.parent.mkdir(parents=True)
         self.logs.mkdir()
-        self.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        self.config.write_text(yaml.safe_dump(redacted(config), sort_keys=False))
+
+    def refuse_elsewhere(self) -> None:
+        """Raise if what lies at the folder's path is a link: what is written and removed there would be elsewhere."""
+        aim = self.path.resolve()
+        if self.path.is_symlink() or aim.parent != self.path.parent.resolve():
+            raise UserError(f"{self.path} is a link to {aim}: choose another run.name=, or give its place as run.root=")
 
 
 def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[str]) -> str:
-    """A run's name from what was chosen: experiment or data set, model, norm, batch, other overrides, seed."""
+    """A run's name from what was chosen: experiment or data set, model, norm, batch, other overrides, seed.
+
+    It is one folder's name whatever was chosen: what cannot stand in one is replaced, and what is too long is cut and
+    told by a hash.
+    """
     told = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
     parts = [
         experiment or config["data"]["name"],
@@ -88,8 +110,29 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         values[key] = value
     for key, value in sorted(values.items()):
         if key not in told and not _outside(key):
-            parts.append(f"{key}_{value}".replace("/", "_"))
-    return "-".join([*parts, f"seed{config['seed']}"])
+            parts.append(redacted(f"{key}_{value}"))
+    return legal("-".join([*parts, f"seed{config['seed']}"]))
+
+
+def legal(name: str) -> str:
+    """The name, or one made of it that a folder can have and that another name does not have."""
+    made = name.replace("/", "_")  # as in model.weights=a/b.pt
+    if is_legal(made):
+        return made
+    told = "-" + blake2b(name.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    made = "".join(c if c.isprintable() else "_" for c in made).lstrip(".")
+    return made.encode()[: LONGEST - len(told)].decode(errors="ignore") + told
+
+
+def is_legal(name: str) -> bool:
+    """Whether it is one folder's name, of at most LONGEST bytes, all printable, and not hidden."""
+    return name.isprintable() and len(name.encode()) <= LONGEST and name[:1] not in ("", ".") and "/" not in name
+
+
+def shown(text: str) -> str:
+    """A text as it can stand in one line of an error."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    return line if len(line) <= LONGEST else line[:40] + "..."
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.loop import NonFiniteLoss, Training, fit
+from syncbn.trainer.secrets import RedactingFormatter
 from syncbn.trainer.watch import Parts, Watch
 from syncbn.trainer.world import World
 
@@ -124,12 +125,12 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
 def log_to(path: Path, *, warn: bool) -> None:
     """Send this rank's log and warnings to a file, and rank 0's warnings to stderr as well."""
     file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]
     if warn:
         screen = logging.StreamHandler()
         screen.setLevel(logging.WARNING)
-        screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        screen.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
         handlers.append(screen)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
