@@ -3,11 +3,10 @@
 import hashlib
 import io
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.files import put
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
     state: tensors, numbers, text, and lists and dicts of them: what can be read back without running any code.
     """
-    with _put(path) as file:
+    with put(path) as file:
         sealed = _Sealed(file)
         torch.save({"format": FORMAT, **state}, sealed)  # pyright: ignore[reportArgumentType]  (it writes, and flushes)
         file.write(SEAL + sealed.digest.hexdigest().encode())
@@ -137,7 +137,7 @@ class Checkpoints:
         try:
             write(path, state)
             for pointer in ["latest", "best"] if best else ["latest"]:
-                with _put(self.folder / pointer) as file:
+                with put(self.folder / pointer) as file:
                     file.write(path.name.encode())
             self.problem = None
             self._remove_old()
@@ -181,32 +181,6 @@ def copied(state: Any) -> Any:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def _put(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which takes path's place once it is whole and on the disk, and else leaves no trace."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk as well."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Sealed:

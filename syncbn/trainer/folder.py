@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.files import BESIDE, put
+from syncbn.trainer.secrets import redacted
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (
@@ -24,6 +27,8 @@ OUTSIDE = (
     "train.log_every",
 )
 
+LONGEST = 200  # bytes of a run's name; file systems take 255 for a name
+
 
 @dataclass
 class RunConfig:
@@ -32,8 +37,14 @@ class RunConfig:
     overwrite: bool = False  # replace a run of the same name that had another config
 
     def __post_init__(self) -> None:
-        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise UserError(f"run.name={self.name}: give one folder's name; run.root says where it lies")
+        if self.name is not None and (Path(self.name).name != self.name or self.name[:1] in ("", ".")):
+            raise UserError(f"run.name={shown(self.name)}: give one folder's name; run.root says where it lies")
+        if self.name is not None and not is_legal(self.name):
+            raise UserError(
+                f"run.name={shown(self.name)}: give a name of at most {LONGEST} bytes without control characters"
+            )
+        if not self.root or "\0" in self.root:
+            raise UserError(f"run.root={shown(self.root)}: give the folder of all runs")
 
 
 class RunFolder:
@@ -52,13 +63,14 @@ class RunFolder:
 
     def refuse_other(self, config: dict[str, Any]) -> None:
         """Raise if the folder holds a run of another config (unless it may be replaced), or no run at all."""
-        if not self.path.exists():
+        self.refuse_elsewhere()
+        if not self.path.exists() or all(entry.name.endswith(BESIDE) for entry in self.path.iterdir()):
             return
         if not self.config.is_file():
             raise UserError(f"{self.path} exists and is no run (it has no config.yaml): choose another run.name=")
         if self.overwrite:
             return
-        changes = differences(yaml.safe_load(self.config.read_text()), config)
+        changes = differences(redacted(yaml.safe_load(self.config.read_text())), redacted(config))
         if changes:
             raise UserError(
                 f"{self.path} holds a run with another config ({', '.join(changes)}): "
@@ -67,28 +79,43 @@ class RunFolder:
 
     def holds(self, config: dict[str, Any]) -> bool:
         """Whether there is a run of this config in it."""
-        return self.config.is_file() and not differences(yaml.safe_load(self.config.read_text()), config)
+        return self.config.is_file() and not differences(yaml.safe_load(self.config.read_text()), redacted(config))
 
     def finished(self, config: dict[str, Any]) -> bool:
         """Whether a run of this config has come to its end in it."""
         return self.result.is_file() and self.holds(config)
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the folder anew, with the config in it; the logs of an attempt at the same run are kept."""
-        if self.path.exists():
-            again = self.holds(config)
-            for entry in self.path.iterdir():
-                if entry.is_symlink() or not entry.is_dir():
-                    entry.unlink()
-                elif not (again and entry == self.logs):
-                    shutil.rmtree(entry)
-        self.checkpoints.mkdir(parents=True)
+        """Make the folder anew, with the config in it but for secrets; logs of an attempt at the same run are kept."""
+        self.refuse_elsewhere()
+        stays = [self.config, self.logs] if self.holds(config) else [self.config]
+        self.path.mkdir(parents=True, exist_ok=True)
+        # First, so that it is a run's folder at every moment
+        with put(self.config) as file:
+            file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
+        for entry in self.path.iterdir():
+            if entry in stays:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        self.checkpoints.mkdir()
         self.logs.mkdir(exist_ok=True)
-        self.config.write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def refuse_elsewhere(self) -> None:
+        """Raise if what lies at the folder's path is a link: what is written and removed there would be elsewhere."""
+        aim = self.path.resolve()
+        if self.path.is_symlink() or aim.parent != self.path.parent.resolve():
+            raise UserError(f"{self.path} is a link to {aim}: choose another run.name=, or give its place as run.root=")
 
 
 def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[str]) -> str:
-    """A run's name from what was chosen: experiment or data set, model, norm, batch, other overrides, seed."""
+    """A run's name from what was chosen: experiment or data set, model, norm, batch, other overrides, seed.
+
+    It is one folder's name whatever was chosen: what cannot stand in one is replaced, and what is too long is cut and
+    told by a hash.
+    """
     told = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
     parts = [
         experiment or config["data"]["name"],
@@ -102,8 +129,29 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         values[key] = value
     for key, value in sorted(values.items()):
         if key not in told and not _outside(key):
-            parts.append(f"{key}_{value}".replace("/", "_"))
-    return "-".join([*parts, f"seed{config['seed']}"])
+            parts.append(redacted(f"{key}_{value}"))
+    return legal("-".join([*parts, f"seed{config['seed']}"]))
+
+
+def legal(name: str) -> str:
+    """The name, or one made of it that a folder can have and that another name does not have."""
+    made = name.replace("/", "_")  # as in model.weights=a/b.pt
+    if is_legal(made):
+        return made
+    told = "-" + blake2b(name.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    made = "".join(c if c.isprintable() else "_" for c in made).lstrip(".")
+    return made.encode()[: LONGEST - len(told)].decode(errors="ignore") + told
+
+
+def is_legal(name: str) -> bool:
+    """Whether it is one folder's name, of at most LONGEST bytes, all printable, and not hidden."""
+    return name.isprintable() and len(name.encode()) <= LONGEST and name[:1] not in ("", ".") and "/" not in name
+
+
+def shown(text: str) -> str:
+    """A text as it can stand in one line of an error."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    return line if len(line) <= LONGEST else line[:40] + "..."
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

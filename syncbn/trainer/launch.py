@@ -22,6 +22,7 @@ from syncbn.trainer.config import Config, as_dict, explain, from_yaml, register,
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
 from syncbn.trainer.folder import RunFolder, name_of
 from syncbn.trainer.run import EXIT_CODE, as_rank
+from syncbn.trainer.secrets import redacted
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
 FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # exit codes of ranks that another try would not change, or should not
@@ -169,7 +170,7 @@ def in_one_line(job: Callable[[], Any]) -> int:
         job()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         text = str(error) if isinstance(error, UserError) else explain(error)
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(redacted(f"error: {text}"), file=sys.stderr, flush=True)
         return USER_ERROR
     except RanksFailed as error:
         if error.exit_code not in FINAL:

@@ -8,7 +8,8 @@ from syncbn.trainer import world
 from syncbn.trainer.checkpoint import Checkpoints, Damaged, parse, read
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunFolder
+from syncbn.trainer.folder import RunFolder, differences
+from syncbn.trainer.secrets import redacted
 from syncbn.trainer.training import State, Training
 from syncbn.trainer.world import World
 
@@ -92,7 +93,10 @@ def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path,
     if resume == "none" and not world.restarts():
         return None
     if folder.holds(config) and (found := _newest(folder.checkpoints)):
-        return *found, True
+        path, payload = found
+        # Another run's may be left by a process that was killed while it took over the folder
+        if not differences(parse(payload).get("config", {}), redacted(config)):
+            return path, payload, True
     return None if resume in ("auto", "none") else (*_at(Path(resume)), False)
 
 

@@ -21,6 +21,7 @@ from syncbn.trainer.guard import Guard
 from syncbn.trainer.loop import fit
 from syncbn.trainer.metrics import Totals
 from syncbn.trainer.resume import Keeper, Start
+from syncbn.trainer.secrets import RedactingFormatter, redacted
 from syncbn.trainer.stop import Preempted, Stop
 from syncbn.trainer.training import Training, seed_generators
 from syncbn.trainer.watch import Parts, Watch
@@ -134,12 +135,12 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
 def log_to(path: Path, *, warn: bool) -> None:
     """Send this rank's log and warnings to a file, and rank 0's warnings to stderr as well."""
     file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]
     if warn:
         screen = logging.StreamHandler()
         screen.setLevel(logging.WARNING)
-        screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        screen.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
         handlers.append(screen)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
@@ -154,7 +155,7 @@ def as_rank(find_config: Callable[[], Config]) -> int:
         code = run(config, world.join(config.launch, world.meet()))
     except UserError as error:
         if world.rank() == 0 or not error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_every_rank:
             world.word_of_rank_0("", patience_s=30)
         return USER_ERROR
@@ -162,7 +163,7 @@ def as_rank(find_config: Callable[[], Config]) -> int:
         log.info("rank %d failed", world.rank(), exc_info=True)
         lost = isinstance(error, LostRank)
         text = f"error: rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
-        print(text, end="", file=sys.stderr, flush=True)
+        print(redacted(text), end="", file=sys.stderr, flush=True)
         return FAILED
     world.leave()
     return code

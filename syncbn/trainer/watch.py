@@ -17,9 +17,11 @@ from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.console import Screen
 from syncbn.trainer.drift import Story
 from syncbn.trainer.errors import PREEMPTED
+from syncbn.trainer.files import put
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.metrics import Record
 from syncbn.trainer.runs import read
+from syncbn.trainer.secrets import redacted
 from syncbn.trainer.tracking import Tracker
 from syncbn.trainer.training import Training
 from syncbn.trainer.world import World
@@ -73,7 +75,7 @@ class Watch:
             folder.path.absolute(),
             name=name,
             group=group,
-            settings=as_dict(config),
+            settings=redacted(as_dict(config)),
             run_id=state["wandb"],
         )
         keep = config.checkpoint
@@ -108,7 +110,7 @@ class Watch:
             "story": self.story.state_dict(),
             "wandb": self.tracker.run_id,
         }
-        self.checkpoints.save(step, {**state, "config": as_dict(self.config), "watch": mine}, best=best)
+        self.checkpoints.save(step, {**state, "config": redacted(as_dict(self.config)), "watch": mine}, best=best)
 
     def give_up(self) -> None:
         """Close all files after an error."""
@@ -139,8 +141,8 @@ class Watch:
             result["drift"] = {"verdicts": self.story.verdicts}
         self._close_files()
         self._report()
-        with self._or_missing(self.folder.result):
-            self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
+        with self._or_missing(self.folder.result), put(self.folder.result) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
         self.tracker.finish()
         self.screen.stop()
         if worst := self.story.worst_layers():

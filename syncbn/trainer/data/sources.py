@@ -51,6 +51,14 @@ class Torchvision:
         files = getattr(self.dataset, "samples", None)
         return files[index][0] if files else f"image {index} of {type(self.dataset).__name__}"
 
+    def check(self) -> None:
+        """Raise ValueError if images and labels do not fit together."""
+        labels = torch.as_tensor(self.dataset.targets)
+        if len(labels) != len(self):
+            raise ValueError(f"{len(self)} images and {len(labels)} labels")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(f"labels that are not of its {len(self.classes)} classes")
+
     def told(self) -> Iterator[bytes]:
         yield _packed(self.dataset.targets)
         if files := getattr(self.dataset, "samples", None):
@@ -120,11 +128,17 @@ def from_archive(name: str) -> Callable[["DataConfig"], tuple[Images, Images]]:
         dataset = getattr(datasets, name)
         try:
             parts = [dataset(config.root, train=train, download=config.download) for train in (True, False)]
-        except RuntimeError as error:
-            raise UserError(
-                f"data.root={config.root} holds no {name}: point data.root to it, or data.download=true fetches it"
-            ) from error
-        train, test = (Torchvision(part, part.classes) for part in parts)
+            train, test = (Torchvision(part, part.classes) for part in parts)
+            train.check()
+            test.check()
+        except Exception as error:  # files that are cut short or not what they should be raise many kinds
+            why = first_line(error).partition(" You can use")[0].rstrip(".")
+            mend = (
+                f"remove its files there, so that they are fetched anew over the network, or put {name} there yourself"
+                if config.download
+                else "point data.root to it, or remove its files there and data.download=true fetches it"
+            )
+            raise UserError(f"data.root={config.root} holds no {name} that can be read ({why}): {mend}") from error
         return train, test
 
     return build
@@ -134,7 +148,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     """ILSVRC 2012 as torchvision lays it out: its archives, or train/ and val/ with meta.bin beside them."""
     try:
         parts = [datasets.ImageNet(config.root, split=split) for split in ("train", "val")]
-    except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:  # the archives are read with scipy
+    except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
         raise UserError(
             f"data.root={config.root} holds no ImageNet ({first_line(error)}): put the ILSVRC2012 archives there, "
             "or take data=image_folder for class folders without them"
@@ -183,7 +197,7 @@ def _folder(root: Path, part: str) -> datasets.ImageFolder:
         raise UserError(f"data.root={root} has no folder {part!r}: {wanted}")
     try:
         return datasets.ImageFolder(root / part)
-    except FileNotFoundError as error:  # no class, or a class without images
+    except OSError as error:  # no class, a class without images, or a folder that may not be read
         raise UserError(f"{root / part} is incomplete ({first_line(error)}): {wanted}") from error
 
 
