@@ -119,7 +119,7 @@ class Checkpoints:
 
     @property
     def best(self) -> Path | None:
-        return self._pointed("best")
+        return pointed(self.folder / "best")
 
     def newest_whole(self, check: Callable[[Path], bytes] = read) -> tuple[Path, bytes] | None:
         """The latest checkpoint that is whole, and its bytes; each one that is not is told in a warning."""
@@ -155,15 +155,17 @@ class Checkpoints:
     def _candidates(self) -> list[Path]:
         """All checkpoints, the latest first."""
         steps = {path: int(path.stem[5:]) for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
-        pointed = self._pointed("latest")
-        return sorted(steps, key=lambda path: (path == pointed, steps[path]), reverse=True)
+        latest = pointed(self.folder / "latest")
+        return sorted(steps, key=lambda path: (path == latest, steps[path]), reverse=True)
 
-    def _pointed(self, pointer: str) -> Path | None:
-        with suppress(OSError):
-            name = (self.folder / pointer).read_bytes()[:100].decode(errors="replace")
-            if re.fullmatch(r"step_\d+\.pt", name) and (self.folder / name).is_file():
-                return self.folder / name
-        return None
+
+def pointed(pointer: Path) -> Path | None:
+    """The checkpoint that a pointer, `latest` or `best`, points to; None if it is no pointer to one that is there."""
+    with suppress(OSError), pointer.open("rb") as file:
+        name = file.read(100).decode(errors="replace")
+        if re.fullmatch(r"step_\d+\.pt", name) and pointer.with_name(name).is_file():
+            return pointer.with_name(name)
+    return None
 
 
 def copied(state: Any) -> Any:

@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +70,21 @@ def typed(config: DictConfig | dict[str, Any]) -> Config:
         return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+
+
+def on_top_of(earlier: dict[str, Any], overrides: list[str], path: Path) -> Config:
+    """The config of an earlier run, found at path, with the command line's words on top. Only inside @hydra.main.
+
+    A choice (data=cifar10) sets the keys that its file has, and leaves the others as they were. Raises UserError.
+    """
+    groups = [group for group in HydraConfig.get().runtime.choices if not group.startswith("hydra/")]
+    defaults = ["schema", "_self_", *({group: None} for group in sorted(groups, key="experiment".__eq__))]
+    ConfigStore.instance().store("earlier", {"defaults": defaults, **earlier})
+    try:
+        composed = compose("earlier", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"the config in {path} is not of this version ({explain(error)})") from None
+    return typed(composed)
 
 
 def to_yaml(config: Config) -> str:

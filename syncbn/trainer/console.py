@@ -103,6 +103,12 @@ class Screen:
             self.say(f"{name:<{width}}  {value}")
 
 
+def shown(figures: Mapping[str, float]) -> dict[str, str]:
+    """Metrics as a person reads them."""
+    shares = ("accuracy",)
+    return {k: f"{v:.2%}" if k.endswith(shares) else f"{v:.4f}" if v % 1 else f"{v:.0f}" for k, v in figures.items()}
+
+
 def _mean(windows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The figures over windows of so many steps each, as if they had been one."""
     steps = sum(n for n, _ in windows)

@@ -20,6 +20,7 @@ OUTSIDE = (
     "launch",
     "drift",
     "checkpoint",
+    "task.mode",
     "data.root",
     "data.download",
     "data.workers",

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -18,13 +19,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer import world
-from syncbn.trainer.config import Config, as_dict, explain, from_yaml, register, to_yaml, typed
+from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
 from syncbn.trainer.folder import RunFolder, name_of
+from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, as_rank
 from syncbn.trainer.secrets import redacted
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
+CHECKPOINT = re.compile(r"^checkpoint=(?!\{)")  # on the command line: short for what is asked for most in its section
 FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # exit codes of ranks that another try would not change, or should not
 
 
@@ -43,6 +46,7 @@ def enter(job: Callable[[], Any]) -> None:
     sends the config over the store; the other ranks wait for it there.
     """
     register()
+    sys.argv[1:] = [CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]]
     if not world.under_torchrun():
         sys.exit(in_one_line(job))
     if {"-m", "--multirun"} & set(sys.argv[1:]):
@@ -71,20 +75,41 @@ def run_job(composed: DictConfig) -> float | None:
 
 
 def one_run(composed: DictConfig) -> float:
-    """Run the config on its ranks: as rank 0 under torchrun, else on ranks started here. Returns the objective."""
+    """Do what the config says, on its ranks. Returns the objective."""
+    if composed.task.mode == "evaluate":
+        return one_evaluation(composed)
     config = named(typed(composed))
     folder = RunFolder(config.run)
     folder.refuse_other(as_dict(config))
     if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
         print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
         return objective(folder)
+    on_its_ranks(config)
+    return objective(folder)
+
+
+def one_evaluation(composed: DictConfig) -> float:
+    """Evaluate the checkpoint of the config, by its own config with the command line's words on top."""
+    path = Path(composed.checkpoint.resume)
+    if str(path) in ("auto", "none", "."):
+        raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
+    path, state = load(path)
+    config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
+    with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
+        run = replace(config.run, root=scratch)
+        config = replace(config, run=run, launch=replace(config.launch, max_restarts=0))
+        on_its_ranks(config)
+        return objective(RunFolder(run))
+
+
+def on_its_ranks(config: Config) -> None:
+    """Run the config: as rank 0 under torchrun, else on ranks started here."""
     if world.under_torchrun():
         world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
         if code := as_rank(lambda: config):
             raise RanksFailed("rank 0 failed", code)
     else:
         start_ranks_again(config)
-    return objective(folder)
 
 
 def objective(folder: RunFolder) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 
 from syncbn import Reading
 from syncbn.trainer import drift
-from syncbn.trainer.data import Batch, Batches
+from syncbn.trainer.data import Batch, Batches, Data
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.graph import Capture, Captured, Done, Step, cuda_graph
 from syncbn.trainer.metrics import Totals
@@ -192,9 +192,9 @@ def finish_evaluation(
     """Evaluate, log and save. Collective. Raises Preempted if stop was asked meanwhile."""
     task = training.task
     try:
-        figures = evaluate(training.best_model, task, training.data.eval, config, world, stop)
-        if training.recalibrate:
-            figures |= evaluate_recalibrated(training, config, world, stop)
+        figures = evaluate_all(
+            training.best_model, task, training.data, config, world, stop, recalibrate=training.recalibrate
+        )
     finally:
         training.model.train()
     training.figures, training.evaluated = figures, training.step
@@ -204,6 +204,23 @@ def finish_evaluation(
     if observer:
         observer.log(training.step, {"epoch": training.epoch, **figures})
     save(training, keeper, best=best)
+
+
+def evaluate_all(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    world: World,
+    stop: Stop | None = None,
+    *,
+    recalibrate: int = 0,
+) -> dict[str, float]:
+    """All figures of an evaluation, with those after recalibrating from so many training batches. Collective."""
+    figures = evaluate(model, task, data.eval, config, world, stop)
+    if recalibrate:
+        figures |= evaluate_recalibrated(model, task, data, config, world, stop, recalibrate=recalibrate)
+    return figures
 
 
 @torch.no_grad()
@@ -231,15 +248,22 @@ def evaluate(
 
 
 def evaluate_recalibrated(
-    training: Training, config: TrainConfig, world: World, stop: Stop | None = None
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    world: World,
+    stop: Stop | None = None,
+    *,
+    recalibrate: int,
 ) -> dict[str, float]:
     """The metrics with the statistics of training batches in place of the running ones, and what these miss.
 
     What the metrics differ by, the running statistics cost. Collective.
     """
-    batches = islice(training.data.sample, training.recalibrate)
-    model, gaps = drift.recalibrated(training.best_model, batches, autocast(config, world))
-    figures = evaluate(model, training.task, training.data.eval, config, world, stop)
+    batches = islice(data.sample, recalibrate)
+    model, gaps = drift.recalibrated(model, batches, autocast(config, world))
+    figures = evaluate(model, task, data.eval, config, world, stop)
     renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
     unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")
     return {name: value for name, value in renamed.items() if name not in unneeded} | gaps

@@ -1,11 +1,12 @@
 """What a run leaves for the process that goes on with it, and how that one finds it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from syncbn.trainer import world
-from syncbn.trainer.checkpoint import Checkpoints, Damaged, parse, read
+from syncbn.trainer.checkpoint import Checkpoints, Damaged, parse, pointed, read
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunFolder, differences
@@ -53,11 +54,14 @@ class Start:
     def watch(self) -> State | None:
         return self.state["watch"] if self.own else None
 
+    def changed(self, data: Data) -> list[str]:
+        """In what the data differs from what the state was trained on."""
+        before, now = self.state["data"], data.fingerprint
+        return [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name)]
+
     def refuse_changed(self, data: Data) -> None:
         """Raise UserError if the training data is not what the state was trained on."""
-        before, now = self.state["data"], data.fingerprint
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name)]
-        if changed:
+        if changed := self.changed(data):
             raise UserError(
                 f"the data has changed since {self.path} was written ({', '.join(changed)}): put it back as it was, or "
                 "begin anew with checkpoint.resume=none, with model.weights=FILE if the weights are to be kept"
@@ -72,21 +76,39 @@ def find(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -
 
     Raises UserError, on every rank, if there is nothing at the path, or nothing whole where there is something.
     """
+    return _shared(lambda: _find(resume, folder, config), ranks)
+
+
+def find_at(path: Path, ranks: World) -> Start:
+    """The checkpoint that `load` finds, on every rank, as the run sees it that wrote it. Collective.
+
+    Raises UserError, on every rank, if there is none that is whole.
+    """
+    start = _shared(lambda: (*_at(path), True), ranks)
+    assert start
+    return start
+
+
+def load(path: Path) -> tuple[Path, State]:
+    """The checkpoint in a file or at a pointer, or the latest in a run's folder.
+
+    Raises UserError if there is none that is whole.
+    """
+    path, payload = _at(path)
+    return path, parse(payload)
+
+
+def _shared(find: Callable[[], tuple[Path, bytes, bool] | None], ranks: World) -> Start | None:
+    """What rank 0 finds, on every rank. Collective."""
     found: tuple[Path, bytes, bool] | None = None
     with ranks.together():
         if ranks.rank == 0:
-            found = _find(resume, folder, config)
+            found = find()
     found = ranks.from_rank_0(found)
     if found is None:
         return None
     path, payload, own = found
     return Start(parse(payload), path, own)
-
-
-def load(path: Path) -> tuple[Path, State]:
-    """The checkpoint in a file, or the latest in a run's folder. Raises UserError if there is none that is whole."""
-    path, payload = _at(path)
-    return path, parse(payload)
 
 
 def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
@@ -106,14 +128,18 @@ def _at(path: Path) -> tuple[Path, bytes]:
         if found := _newest(inside if inside.is_dir() else path):
             return found
         raise UserError(f"{path} holds no checkpoint: give a file, such as runs/NAME/checkpoints/step_000000100.pt")
+    path = pointed(path) or path
     try:
         payload = read(path)
-        parse(payload)
-        return path, payload
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a checkpoint or the folder of a run") from None
     except Damaged as error:
         raise UserError(f"{error}: give another checkpoint") from None
+    try:
+        parse(payload)
+    except Damaged as error:
+        raise UserError(f"{path} cannot be used ({error}): give another checkpoint") from None
+    return path, payload
 
 
 def _newest(checkpoints: Path) -> tuple[Path, bytes] | None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.trainer import data, drift, graph, models, norms, optim, resume, tasks, world
+from syncbn.trainer import data, drift, evaluation, graph, models, norms, optim, resume, tasks, world
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError
@@ -40,7 +40,23 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, ranks: World) -> int:
-    """Train as the config says, from where the run was left: the exit code. Collective: with the same config."""
+    """Do what the config says: the exit code. Collective: with the same config."""
+    return evaluate(config, ranks) if config.task.mode == "evaluate" else train_on(config, ranks)
+
+
+def evaluate(config: Config, ranks: World) -> int:
+    """Evaluate a checkpoint and show its figures: the exit code. Collective."""
+    log_to(None, warn=ranks.rank == 0)
+    start = resume.find_at(Path(config.checkpoint.resume), ranks)
+    with ranks.together():
+        parts = build(evaluation.needed(config), ranks, start if config.drift.recalibrate else None)
+        evaluation.take_over(parts, start, config)
+    evaluation.show(parts, start, config, ranks)
+    return ranks.from_rank_0(0)
+
+
+def train_on(config: Config, ranks: World) -> int:
+    """Train as the config says, from where the run was left: the exit code. Collective."""
     stop = Stop(ranks)
     stop.listen()
     folder, settings = RunFolder(config.run), as_dict(config)
@@ -132,9 +148,9 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     return Training(model, parts.task, parts.data, optimizer, schedule, guard, totals, average)
 
 
-def log_to(path: Path, *, warn: bool) -> None:
-    """Send this rank's log and warnings to a file, and rank 0's warnings to stderr as well."""
-    file = logging.FileHandler(path)
+def log_to(path: Path | None, *, warn: bool) -> None:
+    """Send this rank's log and warnings to a file, if any, and rank 0's warnings to stderr as well."""
+    file = logging.FileHandler(path) if path else logging.NullHandler()
     file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]
     if warn:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -77,6 +77,8 @@ class Training:
             "drift": drift["shared"],
             "global_batch": self.data.global_batch,
             "data": self.data.fingerprint,
+            "classes": self.data.classes,
+            "image_shape": self.data.train.shape,
             "own": world.gather(own),
         }
 
@@ -84,6 +86,7 @@ class Training:
         """Take over a state of this training, from any number of ranks. No rank speaks to another."""
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.figures, self.best = state["figures"], state["best"]
+        self.data.train.shape = state["image_shape"]
         self.model.module.load_state_dict(state["model"])
         if self.average and state["average"]:
             self.average.load_state_dict(state["average"])
@@ -110,6 +113,14 @@ class Training:
         for group, own, (peak, share) in zip(self.optimizer.param_groups, settings, rates, strict=True):
             group.update(own, lr=peak * share(self.schedule.last_epoch))
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def best_weights(state: State) -> dict[str, Tensor]:
+    """What `best_model` had, by the names that the model has for it: the average, if there is one."""
+    if not state["average"]:
+        return state["model"]
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
 
 
 def _merged(totals: list[State], rank: int) -> State:

@@ -14,7 +14,7 @@ from syncbn import Reading
 from syncbn.trainer import data, drift, norms, plots, report, tasks
 from syncbn.trainer.checkpoint import Checkpoints
 from syncbn.trainer.config import Config, as_dict
-from syncbn.trainer.console import Screen
+from syncbn.trainer.console import Screen, shown
 from syncbn.trainer.drift import Story
 from syncbn.trainer.errors import PREEMPTED
 from syncbn.trainer.files import put
@@ -222,9 +222,3 @@ def when(verdict: dict[str, Any]) -> str:
 def converted(parts: Parts, config: Config) -> str:
     total = len(norms.batch_norms(parts.model))
     return f"norm={config.norm.name}: {parts.converted} of {total} batch norm layers converted"
-
-
-def shown(figures: dict[str, float]) -> dict[str, str]:
-    """Metrics as a person reads them."""
-    shares = ("accuracy",)
-    return {k: f"{v:.2%}" if k.endswith(shares) else f"{v:.4f}" if v % 1 else f"{v:.0f}" for k, v in figures.items()}

@@ -73,6 +73,7 @@ class Batches:
         self, loader: DataLoader, config: DataConfig, device: torch.device, memory_format: torch.memory_format
     ):
         self.loader, self.device, self.memory_format = loader, device, memory_format
+        self.shape: list[int] | None = None  # [3, H, W] of the images of the last batch
         self.mean = 255 * torch.tensor(config.mean, device=device).view(1, -1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, -1, 1, 1))
 
@@ -91,6 +92,7 @@ class Batches:
                 raise batch
             images = batch.images.to(self.device, non_blocking=True).float().sub(self.mean).mul(self.scale)
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.memory_format)
+            self.shape = [*images.shape[1:]]
             yield Batch(images, batch.labels.to(self.device, non_blocking=True), batch.skipped)
 
 

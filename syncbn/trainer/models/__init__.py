@@ -2,15 +2,16 @@
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.residual import SmallResNet
@@ -39,6 +40,15 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     if config.weights:
         _load(model, config.name, config.weights)
     return model
+
+
+def load_all(model: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Load the whole state_dict of a model of this name, found at path. Raises UserError if it does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        why = shorten(" ".join(str(error).splitlines()[1:]), 120, placeholder=" ...")
+        raise UserError(f"{path} does not fit model.name={name} ({why}): name the model that was trained") from None
 
 
 def _builder(name: str) -> Callable[..., Any]:

@@ -36,11 +36,14 @@ class Task(Protocol):
 @dataclass
 class TaskConfig:
     name: str = "classify"
+    mode: str = "train"  # train; or evaluate, by task=evaluate: the figures of checkpoint=PATH and no more
     label_smoothing: float = 0.0  # share of a label spread over all classes (Szegedy et al. 2016)
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise UserError(f"task={self.name}: choose one of {', '.join(TASKS)}")
+        if self.mode not in ("train", "evaluate"):
+            raise UserError(f"task.mode={self.mode}: choose one of train, evaluate")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task.label_smoothing={self.label_smoothing}: give a share from 0 up to 1")
 

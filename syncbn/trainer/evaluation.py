@@ -1,0 +1,83 @@
+"""A checkpoint evaluated by itself: the figures that its run had last, or those on other data. It leaves nothing."""
+
+import json
+import logging
+from dataclasses import replace
+from textwrap import shorten
+
+from syncbn.trainer import models
+from syncbn.trainer.config import Config
+from syncbn.trainer.console import Screen, shown
+from syncbn.trainer.data import Data
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.folder import RunFolder
+from syncbn.trainer.loop import evaluate_all
+from syncbn.trainer.resume import Start
+from syncbn.trainer.training import best_weights
+from syncbn.trainer.watch import Parts
+from syncbn.trainer.world import World
+
+log = logging.getLogger(__name__)
+
+
+def needed(config: Config) -> Config:
+    """The config to build from: nothing in it that training alone needs could refuse other data."""
+    config = replace(config, model=replace(config.model, weights=None), train=replace(config.train, cuda_graph=False))
+    if config.drift.recalibrate:  # takes training batches, as they were
+        return config
+    return replace(config, data=replace(config.data, batch_per_rank=1), train=replace(config.train, accumulate=1))
+
+
+def take_over(parts: Parts, start: Start, config: Config) -> None:
+    """Give the model the checkpoint's weights, those that its run evaluated. No rank speaks to another.
+
+    Raises UserError if the classes are not as many, or the model is another. Other data is told in a warning.
+    """
+    compare(parts.data, start)
+    weights = best_weights(start.state) if averaged(start, config) else start.state["model"]
+    models.load_all(parts.model, weights, config.model.name, start.path)
+    if config.train.compile and not averaged(start, config):  # as in training
+        parts.model.compile(fullgraph=True)
+
+
+def averaged(start: Start, config: Config) -> bool:
+    """Whether the average is evaluated: if there is one, and train.ema=0 does not ask for the weights themselves."""
+    return bool(start.state["average"] and config.train.ema)
+
+
+def compare(data: Data, start: Start) -> None:
+    """Refuse data with another number of classes than the checkpoint's, and warn of any other difference."""
+    classes = start.state["classes"]
+    if len(data.classes) != len(classes):
+        raise UserError(
+            f"{start.path} tells {len(classes)} classes apart and the data has {len(data.classes)}: "
+            "give data with the classes that it was trained on"
+        )
+    changed = start.changed(data)
+    if data.classes != classes:
+        before, now = (shorten(", ".join(names), 80, placeholder=" ...") for names in (classes, data.classes))
+        changed.append(f"classes {before} -> {now}, taken in this order")
+    if changed:
+        log.warning("the data is not that of %s (%s)", start.path, ", ".join(changed))
+
+
+def show(parts: Parts, start: Start, config: Config, ranks: World) -> None:
+    """Evaluate, show the figures, and leave them where the launcher looks for them. Collective."""
+    recalibrate = config.drift.recalibrate
+    figures = evaluate_all(parts.model, parts.task, parts.data, config.train, ranks, recalibrate=recalibrate)
+    if ranks.rank > 0:
+        return
+    result = RunFolder(config.run).result
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps({"objective": figures[f"eval/{parts.task.objective}"], "metrics": figures}))
+    Screen(0).close(
+        {
+            **shown({name: value for name, value in figures.items() if name.startswith("eval/")}),
+            "data": f"{config.data.name}, {len(parts.data.classes)} classes",
+            "model": f"{config.model.name}, norm={config.norm.name}"
+            + (", the average" if averaged(start, config) else ""),
+            "ranks": f"{ranks.size} on {ranks.device.type}",
+            "step": start.state["step"],
+            "checkpoint": start.path,
+        }
+    )

@@ -1,0 +1,136 @@
+"""A checkpoint made into files that need nothing of ours: weights for torchvision, a program for torch alone."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import syncbn
+from syncbn.trainer import models, resume
+from syncbn.trainer.checkpoint import first_line
+from syncbn.trainer.console import Screen, shown
+from syncbn.trainer.errors import USER_ERROR, UserError
+from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.training import State, best_weights
+
+
+def export(source: Path, folder: Path | None = None, *, size: int | None = None, best: bool = False) -> dict[str, str]:
+    """Write weights.pt, program.pt2 and model.json; what to tell of them, a line each.
+
+    weights.pt is a state_dict, of the average if there is one, that the model by the same name loads, torchvision's or
+    ours, with nn.BatchNorm layers. program.pt2 is a torch.export program of the model in eval mode, from float32
+    images [N, 3, H, W] to scores [N, classes], for any N. model.json tells what to feed them.
+
+    Args:
+        source: a checkpoint, or a run's folder for its latest.
+        folder: to write into; None: `export` in the run's folder.
+        size: side of the images in pixels; None: as they were in training.
+        best: the checkpoint with the best evaluation of a run's folder, in place of the latest.
+
+    Raises UserError.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"--size {size}: give a side of images in pixels, 1 or more")
+    path, state = resume.load(source / "checkpoints" / "best" if best else source)
+    facts = described(state, size)
+    height, width = facts["size"]
+    model = plain_model(state, path)
+    if folder is None:
+        folder = (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "export"
+    weights, program, card = (folder / name for name in ("weights.pt", "program.pt2", "model.json"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), weights)
+        card.write_text(json.dumps(facts, indent=1) + "\n")
+        torch.export.save(traced(model, height, width, weights), program)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
+        raise UserError(f"{folder} cannot be written ({first_line(error)}): give another folder with -o") from None
+    return {
+        "checkpoint": f"{path}, step {facts['step']}",
+        "weights": f"{weights}, a state_dict of {facts['model']} with plain batch norm",
+        "program": f"{program}, for torch.export.load",
+        "facts": str(card),
+        "images": f"float32 [N, 3, {height}, {width}], pixels in 0..1, then (pixel - mean) / std",
+        "mean, std": f"{facts['mean']}, {facts['std']}",
+        "classes": f"{len(facts['classes'])}: {few(facts['classes'])}",
+        **shown(facts["eval"]),
+    }
+
+
+def described(state: State, size: int | None) -> dict[str, Any]:
+    """What one has to know of a model to use it."""
+    data = state["config"]["data"]
+    figures = state["figures"] if state["evaluated"] == state["step"] else {}  # else of other weights
+    if size is None and state["image_shape"] is None:
+        raise UserError("the checkpoint is from before the first image: give the side of images in pixels, --size N")
+    return {
+        "model": state["config"]["model"]["name"],
+        "classes": state["classes"],
+        "size": state["image_shape"][1:] if size is None else [size, size],  # height, width
+        "mean": coloured(data["mean"]),
+        "std": coloured(data["std"]),
+        "step": state["step"],
+        "eval": {name: value for name, value in figures.items() if name.startswith("eval/")},
+    }
+
+
+def plain_model(state: State, path: Path) -> nn.Module:
+    """The model of a checkpoint in eval mode, on the CPU, its batch norm torch's."""
+    name = state["config"]["model"]["name"]
+    model = models.build(ModelConfig(name=name), len(state["classes"]))
+    models.load_all(model, best_weights(state), name, path)
+    return syncbn.revert(model).eval()  # a user's own builder may have converted it
+
+
+def traced(model: nn.Module, height: int, width: int, weights: Path) -> torch.export.ExportedProgram:
+    """The model as a program for images of one size, any number of them. Raises UserError."""
+    example = torch.zeros(2, 3, height, width)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    except Exception as error:  # whatever the model's code raises in it
+        raise UserError(
+            f"torch.export can make no program of the model for images of {height}×{width} ({first_line(error)}): "
+            f"another --size, or {weights} alone, which is written"
+        ) from None
+
+
+def coloured(values: list[float]) -> list[float]:
+    """One number for each of three colours; a grey image has three alike."""
+    return values * 3 if len(values) == 1 else values
+
+
+def few(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: its exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m syncbn.trainer.export", description="Make files of a checkpoint that torch alone can use."
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, such as runs/NAME, or a checkpoint"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: export, in the run's folder")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels; default: as in training")
+    parser.add_argument("--best", action="store_true", help="the best evaluation's checkpoint, not the latest")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        told = export(given.source, given.output, size=given.size, best=given.best)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    Screen(0).close(told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
