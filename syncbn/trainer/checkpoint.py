@@ -59,10 +59,12 @@ def read(path: Path) -> bytes:
     Raises Damaged, or OSError.
     """
     content = path.read_bytes()
-    payload, seal, digest = content.rpartition(SEAL)
-    if not seal or hashlib.sha256(payload).hexdigest().encode() != digest:
-        raise Damaged(f"{path} is damaged: its checksum is {'wrong' if seal else 'missing'}")
-    return payload
+    end = max(0, len(content) - len(SEAL) - 2 * hashlib.sha256().digest_size)
+    if not content.startswith(SEAL, end):
+        raise Damaged(f"{path} is damaged: it has no checksum at its end")
+    if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end + len(SEAL) :]:
+        raise Damaged(f"{path} is damaged: its checksum is another")
+    return content
 
 
 def parse(payload: bytes) -> dict[str, Any]:
@@ -133,23 +135,27 @@ class Checkpoints:
         return None
 
     def _save(self, step: int, state: dict[str, Any], best: bool) -> None:
-        path = self.folder / f"step_{step:09}.pt"
+        path = self.folder / f"step_{step:012}.pt"
         try:
             write(path, state)
             for pointer in ["latest", "best"] if best else ["latest"]:
                 with put(self.folder / pointer) as file:
                     file.write(path.name.encode())
             self.problem = None
-            self._remove_old()
+            self._remove_old(path)
         except Exception as error:  # whatever it is, training goes on
             text = f"no checkpoint of step {step} ({first_line(error)})"
             log.warning("%s: training goes on, the one before it stays", text)
             self.problem = text
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, saved: Path) -> None:
+        """Remove what is too many, and what an earlier process wrote of later steps, which are now done again."""
         if self.keep is not None:
-            for path in self._candidates()[self.keep :]:
-                if path != self.best:
+            candidates = self._candidates()
+            later = [path for path in candidates if path.name > saved.name]
+            kept = [path for path in candidates if path not in later][: self.keep]
+            for path in candidates:
+                if path not in kept and path != self.best:
                     path.unlink()
 
     def _candidates(self) -> list[Path]:

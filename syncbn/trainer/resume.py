@@ -59,6 +59,17 @@ class Start:
         before, now = self.state["data"], data.fingerprint
         return [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name)]
 
+    def take_up(self, training: Training, ranks: World, *, seed: int) -> None:
+        """Put the training where the state was left. No rank speaks to another. UserError: it is another's state."""
+        try:
+            training.go_on_from(self.state, ranks, seed=seed)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+            raise UserError(
+                f"{self.path} does not fit this run ({why}): give a checkpoint of the same model and optimiser, or "
+                "model.weights=FILE for what fits of its weights"
+            ) from error
+
     def refuse_changed(self, data: Data) -> None:
         """Raise UserError if the training data is not what the state was trained on."""
         if changed := self.changed(data):

@@ -76,7 +76,8 @@ def train_on(config: Config, ranks: World) -> int:
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
     training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
     if start:
-        training.go_on_from(start.state, ranks, seed=config.seed)
+        with ranks.together():
+            start.take_up(training, ranks, seed=config.seed)
     watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
     code = train(training, config, ranks, watch, stop)
     # Rank 0 has a report to write, and W&B to wait for
@@ -150,6 +151,8 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
 
 def log_to(path: Path | None, *, warn: bool) -> None:
     """Send this rank's log and warnings to a file, if any, and rank 0's warnings to stderr as well."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)  # of a node that does not see rank 0's disk
     file = logging.FileHandler(path) if path else logging.NullHandler()
     file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]

@@ -1,5 +1,6 @@
 """What trains, and everything of it that shapes the future: to be saved, and to be gone on with."""
 
+import logging
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from syncbn.trainer.tasks import Task
 from syncbn.trainer.world import World
 
 State = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,7 +104,10 @@ class Training:
             self.totals.load_state_dict(_merged([one["totals"] for one in state["own"]], world.rank))
             seed_generators(seed_of(seed, self.step, world.rank))
         if self.drift and state["drift"]:
-            self.drift.load_state_dict({"shared": state["drift"], "own": own["drift"]})
+            try:
+                self.drift.load_state_dict({"shared": state["drift"], "own": own["drift"]})
+            except ValueError as error:
+                log.warning("drift is measured from here on only: %s", error)
 
     def _load_optimizer(self, state: State) -> None:
         """Take over what the optimiser has gathered; its settings stay those of this run's config."""
