@@ -22,7 +22,8 @@ WANDB = Path(sys.executable).parent / "wandb"
 TRACK = [sys.executable, "-m", "tests.trainer.tracked"]
 SECRETS = {"WANDB_API_KEY": 8 * "plant", "A_TOKEN": "planted-in-the-environment"}
 TIMEOUT_S = 6.0  # a wandb-core takes about one to start, on two busy cores more
-BLOCKED_S = 0.3  # a call that puts onto a queue, with the GIL in other threads' hands
+BLOCKED_S = 0.5  # a call that puts onto a queue takes 0.1 ms, but on a busy machine others have the core or the GIL
+EXIT_S = 10  # a Python that has imported torch, on a busy machine; wandb's telemetry alone would add 20
 
 
 class Tracked:
@@ -64,7 +65,7 @@ class Tracked:
         self.files = Path(self.files)
 
     def waited_for_nothing(self):
-        return self.slowest_s < BLOCKED_S and self.finish_s < TIMEOUT_S + BLOCKED_S and self.exit_s < 3
+        return self.slowest_s < BLOCKED_S and self.finish_s < TIMEOUT_S + BLOCKED_S and self.exit_s < EXIT_S
 
 
 def read(files):
@@ -101,7 +102,7 @@ def offline(tmp_path_factory):
 
 
 def test_an_offline_run_is_whole(offline):
-    assert offline.waited_for_nothing(), vars(offline)
+    assert offline.waited_for_nothing(), (offline.slowest_s, offline.finish_s, offline.exit_s, offline.stderr)
     assert offline.failure is None
     assert "W&B" not in offline.stderr
     assert is_whole(offline.files)
@@ -124,7 +125,7 @@ HAPPENINGS = {
 @pytest.mark.parametrize(("what", "mode", "reason"), HAPPENINGS.values(), ids=HAPPENINGS)
 def test_a_wandb_core_that_dies_or_hangs_is_replaced(tmp_path, what, mode, reason):
     seen = Tracked(tmp_path, what, mode=mode)
-    assert seen.waited_for_nothing(), vars(seen)
+    assert seen.waited_for_nothing(), (seen.slowest_s, seen.finish_s, seen.exit_s, seen.stderr)
     assert seen.failure is None
     assert re.search(rf"W&B failed \(.*({reason}).*; the run goes on offline, with all its figures, in", seen.stderr)
     assert str(seen.files) in seen.stderr
@@ -139,7 +140,7 @@ def test_online_without_a_server_goes_on_offline(tmp_path, server):
     with silent_server() as silent:
         port = {"closed": closed_port(), "silent": silent, "none": None}[server]
         seen = Tracked(tmp_path, mode="online", server=port)
-    assert seen.waited_for_nothing(), vars(seen)
+    assert seen.waited_for_nothing(), (seen.slowest_s, seen.finish_s, seen.exit_s, seen.stderr)
     assert seen.failure is None
     assert seen.stderr.count("W&B failed") == 1
     assert seen.files.name.startswith("offline-run-")
@@ -149,7 +150,7 @@ def test_online_without_a_server_goes_on_offline(tmp_path, server):
 @pytest.mark.slow
 def test_what_fails_again_and_again_is_left_out_and_says_so(tmp_path):
     seen = Tracked(tmp_path, timeout_s=0.1)  # too short for a wandb-core to start
-    assert seen.waited_for_nothing(), vars(seen)
+    assert seen.waited_for_nothing(), (seen.slowest_s, seen.finish_s, seen.exit_s, seen.stderr)
     assert seen.failure in seen.stderr
     assert seen.stderr.count("is left out from here on") == 1
     assert "metrics.jsonl has every figure" in seen.stderr
