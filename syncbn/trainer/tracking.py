@@ -61,7 +61,8 @@ class Tracker:
     keeps the thread for `2 timeout_s`.
 
     `finish` waits for `timeout_s` at most. A wandb-core that is not done in half of it is killed, and the offline run
-    has the other half. wandb's own atexit hook, which would wait without end, is taken away with each wandb-core.
+    has the other half. wandb's own atexit hook, which would wait without end, goes with each wandb-core, and its
+    telemetry (WANDB_ERROR_REPORTING), which would wait for the server at exit, is off.
 
     Neither the command line nor git nor code is recorded: all may hold secrets. `settings` must hold none.
 
@@ -154,6 +155,7 @@ class Tracker:
 
     def _one_run(self, begin: Callable[[str], Any], mode: str, reason: str) -> None:
         """Begin a run, tell it what is known, then what comes, until it is finished. Raises whatever W&B raises."""
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # its telemetry asks the server at exit, and waits for up to 30 s
         import wandb  # noqa: F401  only rank 0 tracks, and only if it is wanted; takes seconds, so before the clock runs
 
         self._since = time.monotonic()
@@ -281,7 +283,7 @@ def kill_services() -> None:
         with suppress(OSError):
             name, _, rest = stat.read_text().rpartition(")")  # 71 (wandb-core) S 70 ...: pid, name, state, parent
             if name.endswith("(wandb-core") and int(rest.split()[1]) == os.getpid():
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+                os.killpg(int(stat.parent.name), signal.SIGKILL)  # the leader of a session of two
 
 
 def abandon_service() -> None:
