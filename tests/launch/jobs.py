@@ -155,7 +155,8 @@ def differing(one, other, path=""):
     if path in (".config", ".watch.record", ".watch.wandb"):
         return []
     if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) and one.dtype == other.dtype else [path]
+        same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(*map(bits, (one, other)))
+        return [] if same else [path]
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [path]
@@ -165,3 +166,7 @@ def differing(one, other, path=""):
             return [path]
         return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differing(*pair, f"{path}[{i}]")]
     return [] if one == other else [path]
+
+
+def bits(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)

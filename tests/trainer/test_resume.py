@@ -101,9 +101,7 @@ def resumed(rank, overrides, at):
 
 
 TRAININGS = {
-    "sgd-everything": settings(
-        data={"augment": {"pad": 1, "mixup": 0.2}, "workers": 1}, accumulate=2, ema=0.75, clip_norm=0.5
-    ),
+    "sgd-everything": settings(data={"augment": {"pad": 1, "mixup": 0.2}}, accumulate=2, ema=0.75, clip_norm=0.5),
     "adamw": settings(optim={"name": "adamw", "lr": 0.01}, level="rank"),
     "local": settings(norm="local", ema=0.75),
     "fp16": settings(precision="fp16", level="off"),
@@ -147,7 +145,7 @@ def on_other_ranks(overrides, at, before, after):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 3)])
 def test_other_ranks_go_on_with_the_same_global_batches(before, after):
-    overrides = settings(data={"batch_per_rank": 12 // before, "augment": {"mixup": 0.2}}, level="off", ema=0.5)
+    overrides = settings(data={"batch_per_rank": 16 // before, "augment": {"mixup": 0.2}}, level="off", ema=0.5)
     overrides["model"] = {"name": "tests.trainer.test_loop:Exact"}
     (want, state), *_ = run_ranks(train, before, overrides)
 
