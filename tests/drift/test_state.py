@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 import syncbn
 from syncbn import collectives
@@ -283,3 +284,22 @@ def test_the_own_part_of_another_number_of_ranks_is_refused():
 def test_a_model_without_batch_norm_has_a_state_too():
     model = nn.Sequential(nn.Linear(2, 2))
     DriftMonitor(model).load_state_dict(DriftMonitor(model).state_dict())
+
+
+def written_again(rank, sync, at):
+    """A state, and that of the monitor that was given it."""
+    model, monitor = opened(Case(sync))
+    train(model, monitor, rank, range(at + 1))
+    state = saved(model, monitor)
+    return state["drift"], saved(*resumed(Case(sync), state))["drift"]
+
+
+@pytest.mark.parametrize("at", [12, 14, 33])
+@pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
+def test_a_monitor_says_again_what_it_was_told(sync, at):
+    """The slots that come next, too: where vectors and threads' shares end, log may round otherwise."""
+    for told, said in run_ranks(written_again, 2, sync, at):
+        assert str(said) == str(told)
+        assert_close(tensors_in(said), tensors_in(told), rtol=0, atol=0, equal_nan=True)
+        if sync and at == 12:
+            assert told["own"]["places"] == [[3, "message"], [4, "message"]], "12 ran bn2 twice"

@@ -194,7 +194,7 @@ def stopped_rank(rank, hosts_store):
     pids = collectives.gather_objects(os.getpid(), dist.group.WORLD)
     victim = 0 if hosts_store else 1
     stall = Stall(lambda: os.kill(pids[victim], signal.SIGCONT))
-    with patch.object(collectives, "store", tcp_store(rank).clone if hosts_store else collectives.store):
+    with patch.object(collectives, "store", tcp_store(rank).clone):
         model = two_layers()
         with DesyncMonitor(model, patience_s=PATIENCE_S, report=stall) as monitor:
             step(model, "ab")
@@ -206,6 +206,7 @@ def stopped_rank(rank, hosts_store):
 
 
 def tcp_store(rank):
+    """One that rank 0 serves: who is stopped inside a file store keeps its lock."""
     port = None
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
@@ -257,6 +258,111 @@ def test_a_rank_that_has_fallen_silent_is_named_wherever_the_others_are():
     assert of_stopped == []
     (text,) = of_other
     assert "this rank (0) last sent message 4, a (backward); rank 1, last heard of " in text
+
+
+def without_syncbn(rank, steps, before):
+    """Rank 1 is stopped in a model that makes no message, after so many steps, until rank 0 complains of it."""
+    pids = collectives.gather_objects(os.getpid(), dist.group.WORLD)
+    stall = Stall(lambda: os.kill(pids[1], signal.SIGCONT))
+    with (
+        patch.object(collectives, "store", tcp_store(rank).clone),
+        DesyncMonitor(nn.BatchNorm1d(3), patience_s=PATIENCE_S, report=stall) as monitor,
+    ):
+        for step in range(steps):
+            monitor.alive(step)
+            dist.barrier()
+        if rank == 0:
+            # The other has told of its last step
+            time.sleep(PATIENCE_S / 2)
+            if before:
+                monitor.alive(steps)
+            os.kill(pids[1], signal.SIGSTOP)
+        dist.barrier()
+        known = monitor.stall
+        monitor.alive(steps + 1)
+        time.sleep(PATIENCE_S)
+        left = monitor.stall
+        monitor.check()
+    return stall.texts, known, left
+
+
+@pytest.mark.parametrize(
+    ("steps", "before", "here", "there"),
+    [
+        (0, False, "has made no message", "had made 0 messages"),
+        (0, True, "has made no message, in step 0", "had made 0 messages"),
+        (3, False, "has made no message, in step 2", "had made 0 messages, and was in step 2"),
+        (3, True, "has made no message, in step 3", "had made 0 messages, and was in step 2"),
+    ],
+    ids=["at-once", "in-the-first-step", "between-steps", "in-a-step"],
+)
+def test_a_rank_that_stops_is_named_without_any_message(steps, before, here, there):
+    (texts, known, left), (of_stopped, *_) = run_ranks(without_syncbn, 2, steps, before, timeout_s=60)
+
+    (text,) = texts
+    silent = r"rank 1, last heard of \d s ago, "
+    assert re.fullmatch(rf"no progress for \d s: this rank \(0\) {here}; {silent}{there}", text)
+    assert known == text, "whoever catches an error of the collective can tell the cause"
+    assert left is None, "it is over"
+    assert of_stopped == []
+
+
+def late_for_a_step(rank, key):
+    """Rank 1 waits for its batch of step 2, and its threads go on, until rank 0 has complained."""
+    store = dist.distributed_c10d._get_default_store().clone()
+    stall = Stall(lambda: store.set(key, "reported"))
+    with DesyncMonitor(nn.BatchNorm1d(3), patience_s=PATIENCE_S, report=stall) as monitor:
+        for step in range(4):
+            if (rank, step) == (1, 2):
+                store.wait([key], timedelta(seconds=20))
+            monitor.alive(step)
+            dist.barrier()
+    return stall.texts
+
+
+def test_a_rank_at_an_earlier_step_is_late_though_it_can_be_heard():
+    (text,), of_late = run_ranks(late_for_a_step, 2, f"test/{time.time()}", timeout_s=40)
+
+    assert of_late == []
+    assert "this rank (0) has made no message, in step 2; rank 1, last heard of " in text
+    assert text.endswith("had made 0 messages, and was in step 1")
+
+
+def long_pauses(rank, signs):
+    """Pauses before the first step and after some, in which ranks say unlike often that they are alive."""
+    reports = []
+    with DesyncMonitor(nn.BatchNorm1d(3), patience_s=0.5, report=reports.append) as monitor:
+        time.sleep(1.5)
+        for step in range(3):
+            monitor.alive(step)
+            dist.barrier()
+            for _ in range(signs[rank]):
+                time.sleep(0.1)
+                monitor.alive()
+            time.sleep(1.5)
+            dist.barrier()
+        return reports, monitor.stall
+
+
+@pytest.mark.parametrize("signs", [(0, 0), (2, 5)], ids=["silent", "uneven"])
+def test_a_pause_of_all_ranks_is_no_hang(signs):
+    assert run_ranks(long_pauses, 2, signs) == [([], None)] * 2
+
+
+def busy(rank):
+    """Rank 0 goes on for long in a step, and rank 1 waits for it."""
+    reports = []
+    with DesyncMonitor(nn.BatchNorm1d(3), patience_s=0.5, report=reports.append) as monitor:
+        monitor.alive(0)
+        for _ in range(20 if rank == 0 else 0):
+            time.sleep(0.1)
+            monitor.alive()
+        dist.barrier()
+    return reports
+
+
+def test_a_rank_that_takes_longer_at_the_same_step_is_not_late():
+    assert run_ranks(busy, 2) == [[], []]
 
 
 class Block(nn.Module):
@@ -320,7 +426,9 @@ def test_without_a_process_group_there_is_nothing_to_notice():
     with DesyncMonitor(model) as monitor:
         step(model, "ab")
         step(model, "ba")
+        monitor.alive(1)
         monitor.check()
+        assert monitor.stall is None
 
 
 def test_copies_are_not_watched():
