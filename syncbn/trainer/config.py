@@ -3,9 +3,10 @@
 import difflib
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from syncbn.trainer.checkpoint import CheckpointConfig
 from syncbn.trainer.data import DataConfig
 from syncbn.trainer.drift import DriftConfig
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunConfig
+from syncbn.trainer.folder import RunConfig, flat
 from syncbn.trainer.loop import TrainConfig
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
@@ -48,11 +49,24 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        for key, value in flat(asdict(self)).items():
+            for each in value if isinstance(value, list) else [value]:
+                check_value(key, each)
         if self.train.cuda_graph and self.data.skip_broken:
             raise UserError(
                 "train.cuda_graph=true with data.skip_broken=true: a graph takes batches of one shape, and an image "
                 "left out makes a smaller one; choose one of the two"
             )
+
+
+def check_value(key: str, value: Any) -> None:
+    """Raise UserError for what no key can mean, so that the sections look only at what is particular to theirs."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: give a finite number")
+    if isinstance(value, int) and abs(value) >= 2**53:
+        raise UserError(f"{key}={value}: give a number below 2**53, as JSON's readers take")
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"{key}={value}: give a text without line breaks and control characters")
 
 
 def register() -> None:
@@ -67,8 +81,12 @@ def typed(config: DictConfig | dict[str, Any]) -> Config:
         # As plain values: a composed config remembers that + opened it for any key
         plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
-    except OmegaConfBaseException as error:
+        typed: Config = OmegaConf.to_object(merged)  # pyright: ignore[reportAssignmentType]
+        OmegaConf.structured(typed)  # merge does not look at the types in lists
+        return typed
+    except UserError:
+        raise
+    except Exception as error:  # OmegaConf meets some values with errors that are not its own
         raise UserError(explain(error)) from error
 
 

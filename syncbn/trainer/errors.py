@@ -13,5 +13,15 @@ class UserError(Exception):
     """
 
     def __init__(self, text: str, *, on_every_rank: bool = False):
-        super().__init__(text)
+        super().__init__(one_line(text))
         self.on_every_rank = on_every_rank
+
+
+LONGEST = 1000  # characters of a line that somebody reads
+
+
+def one_line(text: str) -> str:
+    """The text as one line: what cannot be printed is escaped, and of a text that is too long the middle left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LONGEST // 2 - 3
+    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"

@@ -39,13 +39,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and (Path(self.name).name != self.name or self.name[:1] in ("", ".")):
-            raise UserError(f"run.name={shown(self.name)}: give one folder's name; run.root says where it lies")
+            raise UserError(f"run.name={self.name}: give one folder's name; run.root says where it lies")
         if self.name is not None and not is_legal(self.name):
-            raise UserError(
-                f"run.name={shown(self.name)}: give a name of at most {LONGEST} bytes without control characters"
-            )
-        if not self.root or "\0" in self.root:
-            raise UserError(f"run.root={shown(self.root)}: give the folder of all runs")
+            raise UserError(f"run.name={self.name}: give a name of at most {LONGEST} bytes without control characters")
+        if not self.root:
+            raise UserError("run.root is empty: give the folder of all runs, or . for this one")
 
 
 class RunFolder:
@@ -147,12 +145,6 @@ def legal(name: str) -> str:
 def is_legal(name: str) -> bool:
     """Whether it is one folder's name, of at most LONGEST bytes, all printable, and not hidden."""
     return name.isprintable() and len(name.encode()) <= LONGEST and name[:1] not in ("", ".") and "/" not in name
-
-
-def shown(text: str) -> str:
-    """A text as it can stand in one line of an error."""
-    line = "".join(c if c.isprintable() else "?" for c in text)
-    return line if len(line) <= LONGEST else line[:40] + "..."
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

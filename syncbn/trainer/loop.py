@@ -136,6 +136,19 @@ def fit(
         raise
 
 
+def settle_buckets(training: Training, config: TrainConfig, world: World) -> None:
+    """Have DDP order its buckets as it does in its first step, for a training that is past it. Collective.
+
+    All of DDP's steps but the first add up gradients in buckets in the order of that one's backward, and a ring of more
+    than two ranks adds up in an order that depends on the place. The pass leaves traces, which a state then overwrites.
+    """
+    for batch in islice(training.data.sample, 1):
+        with autocast(config, world):
+            loss, _ = training.task.loss(training.model, batch)
+        loss.backward()
+    training.optimizer.zero_grad()
+
+
 def optimiser_step(training: Training, config: TrainConfig, world: World, batches: Iterable[Batch]) -> Done:
     """One step on config.accumulate batches of this rank, a forward and a backward each. Collective.
 

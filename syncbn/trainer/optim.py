@@ -30,6 +30,8 @@ class OptimConfig:
         for name in "lr_batch", "weight_decay", "momentum":
             if getattr(self, name) < 0:
                 raise UserError(f"optim.{name}={getattr(self, name)}: give 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={self.betas}: give two decays from 0 up to 1, such as [0.9,0.999]")
 
 
 @dataclass

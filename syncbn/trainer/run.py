@@ -18,7 +18,7 @@ from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, Use
 from syncbn.trainer.failures import LostRank, explained
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.guard import Guard
-from syncbn.trainer.loop import fit
+from syncbn.trainer.loop import fit, settle_buckets
 from syncbn.trainer.metrics import Totals
 from syncbn.trainer.resume import Keeper, Start
 from syncbn.trainer.secrets import RedactingFormatter, redacted
@@ -76,6 +76,7 @@ def train_on(config: Config, ranks: World) -> int:
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
     training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
     if start:
+        settle_buckets(training, config.train, ranks)
         with ranks.together():
             start.take_up(training, ranks, seed=config.seed)
     watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None

@@ -79,6 +79,7 @@ def train(rank, overrides, at=None, start=None, keep=False):
     training = assemble(parts, config, world)
     training.drift = drift.monitor(parts.model, config.drift)
     if begin:
+        loop.settle_buckets(training, config.train, world)
         begin.take_up(training, world, seed=config.seed)
     keeper = Keeper(world, at)
     try:
