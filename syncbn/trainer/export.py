@@ -1,10 +1,12 @@
 """A checkpoint made into files that need nothing of ours: weights for torchvision, a program for torch alone."""
 
 import argparse
+import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,24 @@ def traced(model: nn.Module, height: int, width: int, weights: Path) -> torch.ex
     """The model as a program for images of one size, any number of them. Raises UserError."""
     example = torch.zeros(2, 3, height, width)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), silence():
             return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except Exception as error:  # whatever the model's code raises in it
         raise UserError(
             f"torch.export can make no program of the model for images of {height}×{width} ({first_line(error)}): "
             f"another --size, or {weights} alone, which is written"
         ) from None
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """A block that says nothing on stderr: torch prints its graphs there where it can make no program."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def coloured(values: list[float]) -> list[float]:

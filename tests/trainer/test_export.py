@@ -1,0 +1,212 @@
+"""What is exported is what was evaluated, for torchvision, and for a process that has torch and nothing of ours."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.testing import assert_close
+
+from syncbn.trainer import export
+from syncbn.trainer.checkpoint import parse, read, write
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.resume import load
+from syncbn.trainer.training import best_weights
+from tests.ranks import run_ranks
+from tests.trainer.trained import train
+
+RUNS = {
+    "averaged": {"train": {"ema": 0.5}, "norm": {"fuse": True}},
+    "no-average": {"norm": {"name": "local"}},
+}
+SMALL = {
+    "data": {"name": "fake", "size": 32, "fake_samples": 16, "batch_per_rank": 2, "mean": [0.4], "std": [0.3]},
+    "model": {"name": "resnet18"},
+    "optim": {"lr": 0.001},  # or scores of 1e8 come of so short a training
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of runs that were exported, by name."""
+    made = {name: tmp_path_factory.mktemp("runs") / name for name in RUNS}
+    for name, folder in made.items():
+        run_ranks(train, 2, folder, {**SMALL, **RUNS[name]})
+        assert export.main([str(folder)]) == 0
+    return made
+
+
+@pytest.fixture
+def exported(runs):
+    return runs["averaged"]
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A copy of the run's checkpoint, to be spoilt."""
+    path = tmp_path / "step_000000003.pt"
+    path.write_bytes(load(exported)[0].read_bytes())
+    return path
+
+
+def changed(path, **values):
+    write(path, {**parse(read(path)), **values})
+
+
+def evaluated(folder):
+    """The model that the run evaluated, made of torchvision's by hand."""
+    state = load(folder)[1]
+    model = torchvision.models.resnet18(num_classes=10)
+    average = state["average"]
+    model.load_state_dict({k[7:]: v for k, v in average.items() if k != "n_averaged"} if average else state["model"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_weights_are_torchvisions_by_name_and_those_that_were_evaluated(runs, name):
+    exported = runs[name]
+    weights = torch.load(exported / "export" / "weights.pt", weights_only=True)
+    model = torchvision.models.resnet18(num_classes=10)
+    model.load_state_dict(weights, strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(model.eval()(images), evaluated(exported)(images))
+
+
+ALONE = """
+import sys
+for name in "syncbn", "torchvision", "hydra":
+    sys.modules[name] = None
+import torch
+program, images, scores = sys.argv[1:]
+model = torch.export.load(program).module()
+batches = torch.load(images, weights_only=True)
+torch.save([model(batch) for batch in batches], scores)
+"""
+
+
+def run_alone(program, batches, tmp_path):
+    """The scores of batches by the program, in a process with torch alone."""
+    images, scores = tmp_path / "images.pt", tmp_path / "scores.pt"
+    torch.save(batches, images)
+    command = [sys.executable, "-c", ALONE, program, images, scores]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return torch.load(scores, weights_only=True)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_runs_with_torch_alone_on_any_number_of_images(runs, name, tmp_path):
+    exported = runs[name]
+    batches = [torch.randn(n, 3, 32, 32) for n in (1, 2, 7)]
+    with torch.no_grad():
+        wanted = [evaluated(exported)(batch) for batch in batches]
+    assert_close(run_alone(exported / "export" / "program.pt2", batches, tmp_path), wanted)
+
+
+def test_no_norm_of_ours_is_left(exported):
+    path, state = load(exported)
+    kinds = {type(m) for m in export.plain_model(state, path).modules() if "Norm" in type(m).__name__}
+    assert kinds == {nn.BatchNorm2d}
+
+
+def test_the_facts_say_what_images_to_give(exported):
+    facts = json.loads((exported / "export" / "model.json").read_text())
+    figures = facts.pop("eval")
+    assert facts == {
+        "model": "resnet18",
+        "classes": [str(i) for i in range(10)],
+        "size": [32, 32],
+        "mean": [0.4, 0.4, 0.4],
+        "std": [0.3, 0.3, 0.3],
+        "step": 3,
+    }
+    assert figures == load(exported)[1]["figures"]
+
+
+def test_figures_of_other_weights_are_left_out(copy):
+    changed(copy, evaluated=2)
+    assert export.described(load(copy)[1], None)["eval"] == {}
+
+
+def test_what_is_printed_names_every_file(exported, tmp_path, capsys):
+    assert export.main([str(exported), "-o", str(tmp_path / "new" / "folder")]) == 0
+    told = capsys.readouterr().out
+    for name in "weights.pt", "program.pt2", "model.json":
+        assert (tmp_path / "new" / "folder" / name).is_file()
+        assert str(tmp_path / "new" / "folder" / name) in told
+    assert "float32 [N, 3, 32, 32]" in told
+    assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in told
+
+
+def test_another_size_can_be_given(exported, tmp_path):
+    export.export(exported, tmp_path, size=40)
+    assert json.loads((tmp_path / "model.json").read_text())["size"] == [40, 40]
+    images = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        assert_close(torch.export.load(tmp_path / "program.pt2").module()(images), evaluated(exported)(images))
+
+
+def test_the_best_is_what_the_pointer_says(exported, copy, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in 1, 2:
+        changed(copy, step=step, evaluated=step)
+        (checkpoints / f"step_{step}.pt").write_bytes(copy.read_bytes())
+    (checkpoints / "best").write_text("step_1.pt")
+    export.export(tmp_path / "run", best=True)
+    assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["step"] == 1
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def give_another_model(path):
+    config = parse(read(path))["config"]
+    changed(path, config={**config, "model": {**config["model"], "name": "resnet34"}})
+
+
+def give_a_model_that_branches(path):
+    state = parse(read(path))
+    weights = {"fc.weight": torch.zeros(10, 192), "fc.bias": torch.zeros(10)}
+    model = {"name": "tests.launch.nets:Branching", "weights": None}
+    changed(path, model=weights, average=None, config={**state["config"], "model": model}, image_shape=[3, 8, 8])
+
+
+BAD = {
+    "nothing-there": (lambda path: path.unlink(), [], "cannot be read (No such file or directory): give a checkpoint"),
+    "damaged": (spoil, [], "is damaged: its checksum is"),
+    "another-model": (give_another_model, [], "does not fit model.name=resnet34"),
+    "no-size": (lambda path: changed(path, image_shape=None), [], "--size N"),
+    "size-0": (lambda path: None, ["--size", "0"], "--size 0: give a side of images in pixels, 1 or more"),
+    "best-of-a-file": (lambda path: None, ["--best"], "cannot be read (Not a directory)"),
+    "output-is-a-file": (lambda path: None, ["-o", __file__], "cannot be written"),
+    "no-program": (give_a_model_that_branches, [], "torch.export can make no program of the model for images of 8×8"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "options", "said"), BAD.values(), ids=BAD)
+def test_what_cannot_be_exported_is_told_in_one_line(copy, capfd, spoil, options, said):
+    spoil(copy)
+    assert export.main([str(copy), *options]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def test_where_no_program_can_be_made_the_weights_are_written(copy):
+    give_a_model_that_branches(copy)
+    with pytest.raises(UserError, match=r"weights\.pt alone, which is written"):
+        export.export(copy)
+    assert torch.load(copy.parent / "export" / "weights.pt", weights_only=True).keys() == {"fc.weight", "fc.bias"}
+
+
+def test_the_best_weights_are_the_averages_by_the_models_names():
+    average = {"n_averaged": torch.tensor(3), "module.module.weight": torch.ones(2)}
+    state = {"model": {"module.weight": torch.zeros(2)}, "average": average}
+    assert best_weights(state).keys() == {"module.weight"}
+    assert best_weights(state)["module.weight"].sum() == 2
+    assert best_weights({**state, "average": None}) is state["model"]

@@ -1,0 +1,37 @@
+"""A short training on real ranks, of which a run's folder with its checkpoints is left."""
+
+import torch
+import torch.distributed as dist
+
+from syncbn.trainer.checkpoint import Checkpoints
+from syncbn.trainer.config import Config, as_dict, typed
+from syncbn.trainer.loop import fit
+from syncbn.trainer.resume import Keeper
+from syncbn.trainer.run import assemble, build
+from syncbn.trainer.world import World, threads
+
+
+class Shelf:
+    def __init__(self, folder, config):
+        self.config = as_dict(config)
+        folder.mkdir(parents=True)
+        self.checkpoints = Checkpoints(folder)
+
+    def keep(self, step, state, *, best):
+        self.checkpoints.save(step, {**state, "config": self.config, "watch": None}, best=best)
+
+
+def ranks_world(rank):
+    size = dist.get_world_size()
+    torch.set_num_threads(threads(size))  # as ranks have that are launched: sums depend on it
+    return World(rank, size, torch.device("cpu"))
+
+
+def train(rank, folder, settings):
+    """Train on this rank as the settings say, checkpoints going to folder/checkpoints; the figures in the end."""
+    config: Config = typed({**settings, "train": {"steps": 3, **settings.get("train", {})}})
+    world = ranks_world(rank)
+    training = assemble(build(config, world), config, world)
+    training.recalibrate = config.drift.recalibrate
+    shelf = Shelf(folder / "checkpoints", config) if rank == 0 else None
+    return fit(training, config.train, world, keeper=Keeper(world, shelf), save_every=config.checkpoint.every)
