@@ -97,7 +97,11 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Write the state, as it is now, as the latest checkpoint, and perhaps as the best so far."""
         self.wait()
-        state = copied(state)
+        try:
+            state = copied(state)
+        except Exception as error:  # of a model that has odd things in its state
+            self._failed(step, error)
+            return
         if self._thread is None:
             self._save(step, state, best)
         else:
@@ -144,9 +148,11 @@ class Checkpoints:
             self.problem = None
             self._remove_old(path)
         except Exception as error:  # whatever it is, training goes on
-            text = f"no checkpoint of step {step} ({first_line(error)})"
-            log.warning("%s: training goes on, the one before it stays", text)
-            self.problem = text
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.problem = f"no checkpoint of step {step} ({first_line(error)})"
+        log.warning("%s: training goes on, the one before it stays", self.problem)
 
     def _remove_old(self, saved: Path) -> None:
         """Remove what is too many, and what an earlier process wrote of later steps, which are now done again."""

@@ -1,6 +1,14 @@
 """Models of a user's own, named on the command line by the tests."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
 from torch import nn
+
+from syncbn.trainer.models.residual import SmallResNet
 
 
 def group_norm(num_classes):
@@ -24,3 +32,59 @@ class Branching(nn.Module):
 def explosive(num_classes):
     """Linear layers and no norm: a high rate soon drives the weights to infinity."""
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Linear(64, 64), nn.Linear(64, num_classes))
+
+
+class Fatal(nn.Module):
+    """A small network in which a rank kills itself, once: SYNCBN_TEST_DEATH=place:rank:file, the file telling that it did."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net = SmallResNet(8, num_classes)
+        place, rank, file = os.environ["SYNCBN_TEST_DEATH"].split(":")
+        self.place, self.rank, self.file, self.calls = place, int(rank), Path(file), 0
+        self._register_state_dict_hook(self.saved)
+
+    def die_in(self, place, call=0):
+        here = (self.place, self.rank) == (place, int(os.environ["RANK"])) and self.calls >= call
+        if here and not self.file.exists():
+            self.file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def forward(self, x):
+        self.calls += self.training
+        self.die_in("step" if self.training else "eval", 14)
+        scores = self.net(x)
+        if self.training and scores.requires_grad:
+            scores.register_hook(lambda _: self.die_in("backward", 14))
+        return scores
+
+    @staticmethod
+    def saved(self, *_):
+        self.die_in("save", 14)
+
+
+class SlowEval(nn.Module):
+    """A network whose evaluation takes a second a batch."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net = SmallResNet(8, num_classes)
+
+    def forward(self, x):
+        if not self.training:
+            time.sleep(1)
+        return self.net(x)
+
+
+class Greedy(nn.Module):
+    """A network that asks for more memory than there is, on rank 1, in its third step."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc, self.calls = nn.Linear(192, num_classes), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3 and os.environ["RANK"] == "1":
+            torch.empty(2**50)
+        return self.fc(x.flatten(1))

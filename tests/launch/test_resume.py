@@ -1,0 +1,136 @@
+"""The same command goes on where a job was left, bit for bit: real jobs, really killed."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.launch.jobs import PYTHON, STANDALONE, differing, figures, finished, job, saved_steps, state
+from tests.trainer.images import image_folder
+
+EVERYTHING = [
+    "run.name=r", "launch.nproc=2", "train.steps=24", "train.log_every=3", "train.eval_every=16", "checkpoint.every=5",
+    "data.workers=1", "data.augment.mixup=0.2", "train.accumulate=2", "train.ema=0.9", "wandb.mode=disabled",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    code, said = finished(PYTHON, *EVERYTHING, root=root)
+    assert code == 0, said
+    return root / "r"
+
+
+def assert_same_run(folder, undisturbed):
+    assert differing(state(folder), state(undisturbed)) == []
+    assert figures(folder) == figures(undisturbed)
+    results = [json.loads((run / "result.json").read_text()) for run in (folder, undisturbed)]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("whom", ["rank", "launcher"])
+def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed, tmp_path, whom):
+    root = tmp_path / "runs"
+    with job(PYTHON, *EVERYTHING, root=root) as killed:
+        killed.until_saved(10)
+        os.kill(killed.ranks[1] if whom == "rank" else killed.process.pid, signal.SIGKILL)
+        assert killed.wait() != 0
+        assert killed.left_over() == {}
+    assert 10 <= max(saved_steps(root / "r")) < 24
+
+    code, said = finished(PYTHON, *EVERYTHING, root=root)
+
+    assert code == 0, said
+    assert f"going on from step {10}" in said or "going on from step 15" in said
+    assert_same_run(root / "r", undisturbed)
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR1", marks=pytest.mark.slow)]
+)
+def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, name):
+    root = tmp_path / "runs"
+    with job(PYTHON, *EVERYTHING, root=root) as asked:
+        asked.until_saved(10)
+        began = time.monotonic()
+        os.kill(asked.process.pid, getattr(signal, name))
+        assert asked.wait() == 75
+        assert time.monotonic() - began < 25  # 10 s are wanted of a machine that has nothing else to do
+        assert asked.left_over() == {}
+        (line,) = (line for line in asked.said.splitlines() if line.startswith("preempted"))
+    step = int(line.split()[3].rstrip(":"))
+    assert max(saved_steps(root / "r")) == step
+    assert 10 <= step < 24
+
+    code, said = finished(PYTHON, *EVERYTHING, root=root)
+
+    assert code == 0, said
+    assert f"going on from step {step}" in said
+    assert_same_run(root / "r", undisturbed)
+
+
+def test_an_evaluation_is_left_at_once_and_made_after(tmp_path):
+    slow = ["run.name=r", "model.name=tests.launch.nets:SlowEval", "data.eval_batch_per_rank=2", "train.steps=4"]
+    slow += ["train.eval_every=2", "wandb.mode=disabled", "launch.nproc=2"]
+    with job(PYTHON, *slow, root=tmp_path) as asked:  # 90 s an evaluation
+        asked.until(lambda: (tmp_path / "r" / "metrics.jsonl").exists() and figures(tmp_path / "r"))
+        time.sleep(2)
+        os.kill(asked.process.pid, signal.SIGTERM)
+        assert asked.wait(60) == 75
+    saved = state(tmp_path / "r")
+    assert (saved["step"], saved["evaluated"]) == (2, 0)
+
+    with job(PYTHON, *slow, root=tmp_path) as again:
+        again.until(lambda: "going on from step 2" in again.said)
+        time.sleep(4)
+        assert len(figures(tmp_path / "r")) == 1  # it evaluates, and does not train on before
+
+
+def test_torchrun_starts_all_ranks_again_by_itself(undisturbed, tmp_path):
+    restarting = [*STANDALONE[:-1], "--nproc-per-node=2", "--max-restarts=1", "train.py"]
+    with job(restarting, *EVERYTHING, root=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as killed:
+        killed.until_saved(10)
+        os.kill(killed.ranks[0], signal.SIGKILL)
+        assert killed.wait() == 0, killed.said
+        assert "going on from step" in killed.said
+    assert_same_run(tmp_path / "r", undisturbed)
+
+
+def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    code, said = finished(PYTHON, *EVERYTHING, root=undisturbed.parent)
+    assert code == 0
+    assert "is finished" in said
+    assert "checkpoint.resume=none" in said
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_another_runs_checkpoint_may_be_the_start(undisturbed, tmp_path):
+    longer = [word for word in EVERYTHING if not word.startswith("train.steps")]
+    code, said = finished(PYTHON, *longer, "train.steps=28", f"checkpoint={undisturbed}", root=tmp_path)
+    assert code == 0, said
+    assert "going on from step 24" in said
+    assert [line["step"] for line in figures(tmp_path / "r")] == [27, 28, 28]
+
+
+def test_changed_data_is_not_gone_on_with(tmp_path):
+    data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
+    command = [*PYTHON, "data=image_folder", f"data.root={data}", "run.name=r", "wandb.mode=disabled"]
+    command += ["launch.nproc=1", "train.epochs=40", "checkpoint.every=1", "drift.level=off"]
+    root = tmp_path / "runs"
+    with job(command, root=root) as asked:
+        asked.until_saved(2)
+        os.kill(asked.process.pid, signal.SIGTERM)
+        assert asked.wait() == 75
+    (data / "train" / "a" / "0003.jpg").rename(data / "train" / "a" / "9999.jpg")
+
+    code, said = finished(command, root=root)
+
+    assert code == 2
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "the data has changed since" in line
+    assert "checkpoint.resume=none" in line
