@@ -4,9 +4,12 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
+
+from syncbn.trainer import world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what launchers and schedulers end or warn a job with
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -24,6 +27,7 @@ class HeedRankAlone:
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        tempfile.tempdir = world.scratch()  # multiprocessing makes a folder, which a killed worker leaves behind
         Thread(target=self._end_when_told, daemon=True).start()
         if sys.platform == "linux" and os.getppid() == self.rank:  # a fork server is another parent
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
