@@ -59,7 +59,8 @@ class Life:
         """Give the command: the job."""
         self.since, self.restarts = time.time(), restarts
         environment = {MARK: self.mark, "TMPDIR": str(self.temporary)}
-        self.job = Job([*self.command, f"launch.max_restarts={restarts}"], root=self.root, **environment)
+        arguments = [*self.command, f"launch.max_restarts={restarts}"]
+        self.job = Job(arguments, root=self.root, **environment)  # pyright: ignore[reportArgumentType]
         return self.job
 
     def ours(self) -> set[int]:
