@@ -1,12 +1,16 @@
-"""Files that are whole, or not there."""
+"""Files that are whole, or not there; and a folder for temporary ones that does not outlive its maker for long."""
 
+import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 BESIDE = ".tmp"  # ends the name of what is not whole yet
+SCRATCH = "syncbn-scratch-"  # begins the name of a folder for temporary files
 
 
 @contextmanager
@@ -24,6 +28,42 @@ def put(path: Path) -> Iterator[BinaryIO]:
             beside.unlink()
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files, removed at the end; those of makers that were killed go when the next is made."""
+    path, lock = _locked_folder()
+    try:
+        for other in path.parent.glob(f"{SCRATCH}*"):
+            with suppress(OSError):
+                _remove_if_left(other)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder() -> tuple[Path, int]:
+    """A new folder, and the lock on it that the kernel takes off when this process ends in any way."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=SCRATCH))
+        with suppress(OSError):  # another process may have thought it left behind before it was locked
+            lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove it, unless its maker is alive. Raises OSError, as it does for a folder of another user."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _sync(folder: Path) -> None:

@@ -102,6 +102,12 @@ class RunFolder:
         self.checkpoints.mkdir()
         self.logs.mkdir(exist_ok=True)
 
+    def go_on(self) -> None:
+        """Remove what a process was writing when it was killed: another may never write that file."""
+        for folder in self.path, self.checkpoints:
+            for path in folder.glob(f"*{BESIDE}"):
+                path.unlink()
+
     def refuse_elsewhere(self) -> None:
         """Raise if what lies at the folder's path is a link: what is written and removed there would be elsewhere."""
         aim = self.path.resolve()

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.trainer import world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
+from syncbn.trainer.files import scratch
 from syncbn.trainer.folder import RunFolder, name_of
 from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, as_rank
@@ -37,6 +37,10 @@ class RanksFailed(RuntimeError):
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
         self.exit_code = exit_code
+
+
+class Ended(RanksFailed):
+    """A signal to this process has ended the ranks, as was asked for: another try would go against it."""
 
 
 def enter(job: Callable[[], Any]) -> None:
@@ -95,8 +99,8 @@ def one_evaluation(composed: DictConfig) -> float:
         raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
     path, state = load(path)
     config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
-    with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
-        run = replace(config.run, root=scratch)
+    with scratch() as folder:
+        run = replace(config.run, root=str(folder))
         config = replace(config, run=run, launch=replace(config.launch, max_restarts=0))
         on_its_ranks(config)
         return objective(RunFolder(run))
@@ -127,7 +131,7 @@ def start_ranks_again(config: Config) -> None:
             start_ranks(config)
             return
         except RanksFailed as failed:
-            if failed.exit_code in FINAL or restart == config.launch.max_restarts:
+            if isinstance(failed, Ended) or failed.exit_code in FINAL or restart == config.launch.max_restarts:
                 raise
             number = f"restart {restart + 1} of {config.launch.max_restarts}"
             print(f"{failed}: all ranks start again from the last checkpoint ({number})", file=sys.stderr, flush=True)
@@ -144,8 +148,8 @@ def start_ranks(config: Config) -> None:
     world.set_rank_environment(config.launch, nproc)
     for name in "", ".agent.server.api":  # a failed rank has spoken itself
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="syncbn-") as scratch:
-        handed_over = Path(scratch) / "config.yaml"
+    with scratch() as folder:
+        handed_over = folder / "config.yaml"
         handed_over.write_text(to_yaml(config))
         elastic = LaunchConfig(
             min_nodes=1,
@@ -157,10 +161,10 @@ def start_ranks(config: Config) -> None:
             local_addr="127.0.0.1",
             max_restarts=0,
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         )
         try:
-            elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over))
+            elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over), str(os.getpid()))
         except ChildFailedError as error:
             rank, code = to_blame({rank: failure.exitcode for rank, failure in error.failures.items()})
             raise RanksFailed(f"rank {rank} {_end(code)}", code) from None
@@ -168,7 +172,8 @@ def start_ranks(config: Config) -> None:
             # The agent has sent it to the ranks and waited for them, but does not tell how they ended
             told = handed_over.with_name(EXIT_CODE)
             code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
-            raise RanksFailed(f"ended by {signalled.sigval.name}", code) from None
+            if code != 0:  # else they had come to the end of the run already
+                raise Ended(f"ended by {signalled.sigval.name}", code) from None
 
 
 def to_blame(exit_codes: dict[int, int]) -> tuple[int, int]:

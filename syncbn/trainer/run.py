@@ -70,8 +70,8 @@ def train_on(config: Config, ranks: World) -> int:
             start.refuse_changed(parts.data)
     training = assemble(parts, config, ranks)
     with ranks.together():
-        if ranks.rank == 0 and not (start and start.own):
-            folder.create(settings)
+        if ranks.rank == 0:
+            folder.go_on() if start and start.own else folder.create(settings)
     log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
     training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
@@ -167,9 +167,12 @@ def log_to(path: Path | None, *, warn: bool) -> None:
     logging.raiseExceptions = False  # a full disk would have each line of the log tell so
 
 
-def as_rank(find_config: Callable[[], Config]) -> int:
-    """Be one rank of a run: its exit code. A UserError is one line on stderr, printed by one rank."""
-    world.end_with_launcher()
+def as_rank(find_config: Callable[[], Config], launcher: int | None = None) -> int:
+    """Be one rank of a run: its exit code. A UserError is one line on stderr, printed by one rank.
+
+    launcher: the pid of the process that started it, if it is known.
+    """
+    world.end_with_launcher(launcher)
     try:
         config = find_config()
         code = run(config, world.join(config.launch, world.meet()))
@@ -191,7 +194,8 @@ def as_rank(find_config: Callable[[], Config]) -> int:
 
 if __name__ == "__main__":
     handed_over = Path(sys.argv[1])
-    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()))
+    world.set_scratch(handed_over.parent)
+    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()), launcher=int(sys.argv[2]))
     if world.rank() == 0:
         handed_over.with_name(EXIT_CODE).write_text(str(exit_code))
     sys.exit(exit_code)

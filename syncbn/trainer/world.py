@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import FAILED, UserError
 
 LONGEST_S = 7 * 24 * 3600
+SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
 
 @dataclass
@@ -139,6 +141,16 @@ def set_rank_environment(config: LaunchConfig, local_size: int) -> None:
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 
 
+def set_scratch(folder: Path) -> None:
+    """Tell the processes that this rank starts of a folder that is removed after it."""
+    os.environ[SCRATCH] = str(folder)
+
+
+def scratch() -> str | None:
+    """A folder for temporary files that is removed even if this process is killed; None where there is none."""
+    return os.environ.get(SCRATCH)
+
+
 def threads(local_size: int) -> int:
     """CPU threads for each of so many ranks on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -169,11 +181,16 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def end_with_launcher() -> None:
-    """Have Linux kill this process when the one that started it is gone: no rank trains on by itself."""
+def end_with_launcher(launcher: int | None = None) -> None:
+    """Have Linux kill this process when the one that started it is gone: no rank trains on by itself.
+
+    launcher: its pid, by which it is noticed if it has gone already; None if that is not known.
+    """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if launcher is not None and os.getppid() != launcher:
+            sys.exit(FAILED)
 
 
 def local_size() -> int:

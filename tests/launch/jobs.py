@@ -101,12 +101,16 @@ def finished(command, *arguments, root, **options):
         return started.wait(), started.said
 
 
+def processes():
+    return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+
+
 def children(pid):
     found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for other in processes():
         with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.add(int(stat.parent.name))
+            if int(Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(other)
     return found
 
 
@@ -155,8 +159,7 @@ def differing(one, other, path=""):
     if path in (".config", ".watch.record", ".watch.wandb"):
         return []
     if isinstance(one, torch.Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(*map(bits, (one, other)))
-        return [] if same else [path]
+        return [] if one.dtype == other.dtype and torch.equal(*(bits(t) for t in (one, other))) else [path]
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [path]
@@ -165,8 +168,10 @@ def differing(one, other, path=""):
         if len(one) != len(other):
             return [path]
         return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differing(*pair, f"{path}[{i}]")]
-    return [] if one == other else [path]
+    return [] if one == other or (one != one and other != other) else [path]
 
 
 def bits(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    """Its shape and bytes, by which even NaN equals itself."""
+    shape = torch.tensor(tensor.shape, dtype=torch.int64)
+    return torch.cat([shape.view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)])

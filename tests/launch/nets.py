@@ -35,7 +35,7 @@ def explosive(num_classes):
 
 
 class Fatal(nn.Module):
-    """A small network in which a rank kills itself, once: SYNCBN_TEST_DEATH=place:rank:file, the file telling that it did."""
+    """A small network in which a rank kills itself once: SYNCBN_TEST_DEATH=place:rank:file, which tells that it did."""
 
     def __init__(self, num_classes):
         super().__init__()

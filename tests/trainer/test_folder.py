@@ -134,3 +134,15 @@ def test_long_names_of_two_runs_differ(one, other):
 def test_a_name_is_one_folder(name):
     with pytest.raises(UserError, match="give one folder's name"):
         RunConfig(name=name)
+
+
+def test_what_was_half_written_goes_and_the_rest_stays(tmp_path):
+    folder = RunFolder(RunConfig(name="r", root=str(tmp_path)))
+    folder.create(CONFIG)
+    kept = {folder.checkpoints / "step_000000004.pt", folder.metrics, folder.path / "mine.txt"}
+    torn = {folder.checkpoints / "step_000000007.pt.tmp", folder.checkpoints / "latest.tmp", folder.path / "a.json.tmp"}
+    for path in kept | torn:
+        path.touch()
+    folder.go_on()
+    assert kept <= set(folder.path.rglob("*"))
+    assert not torn & set(folder.path.rglob("*"))

@@ -4,12 +4,16 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
+from syncbn.trainer import world
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what launchers and schedulers end or warn a job with
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LONGEST = 107 - len("/pymp-12345678/listener-12345678")  # what unix(7) has for a path, without multiprocessing's part
 
 
 class HeedRankAlone:
@@ -24,6 +28,9 @@ class HeedRankAlone:
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
+        if (scratch := world.scratch()) and len(scratch) < LONGEST:
+            tempfile.tempdir = scratch
         Thread(target=self._end_when_told, daemon=True).start()
         if sys.platform == "linux" and os.getppid() == self.rank:  # a fork server is another parent
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
