@@ -39,7 +39,8 @@ class Hosts:
     def connect(self):
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", self.names[0], "type", "veth", "peer", "name", "eth0", "netns", self.names[1])
+        here, there = (["eth0", "netns", name] for name in self.names)
+        ip("link", "add", *here, "type", "veth", "peer", "name", *there)
         for host, name in enumerate(self.names):
             ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             for device in "lo", "eth0":

@@ -38,9 +38,10 @@ def undisturbed(tmp_path_factory):
 def torchrun(host, endpoint, *, nodes, **rendezvous):
     """The command of an agent; host: whether it holds the store of the rendezvous."""
     settings = {"is_host": int(host), **QUICK_TO_NOTICE, **rendezvous}
+    conf = ",".join(f"{name}={value}" for name, value in settings.items())
     return [
         *TORCHRUN, f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
-        "--rdzv-id=r", f"--rdzv-endpoint={endpoint}", "--rdzv-conf=" + ",".join(f"{k}={v}" for k, v in settings.items()),
+        "--rdzv-id=r", f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={conf}",
     ]  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_a_network_cut_for_good_ends_both_sides_and_the_same_command_goes_on(hos
         ranks = [agent.until(lambda a=agent: a.ranks) for agent in agents]
         hosts.cut()
         cut = time.monotonic()
-        assert gone([pid for of_agent in ranks for pid in of_agent.values()], timeout_s=60)
+        assert gone([pid for of_agent in ranks for pid in of_agent.values()], timeout_s=120)
         print(f"ranks ended {time.monotonic() - cut:.0f} s after the cut")
         for agent in agents:
             assert agent.wait(timeout_s=90) == 1
@@ -138,7 +139,7 @@ def test_a_network_cut_and_mended_costs_no_more_than_the_steps_since_the_checkpo
 
         hosts.cut()
         cut = time.monotonic()
-        assert gone([pid for of_agent in ranks for pid in of_agent.values()], timeout_s=60)
+        assert gone([pid for of_agent in ranks for pid in of_agent.values()], timeout_s=120)
         hosts.mend()
         print(f"mended {time.monotonic() - cut:.0f} s after the cut")
         agents[0].until(lambda: "going on from step" in agents[0].said)
@@ -220,3 +221,19 @@ def test_a_node_that_is_asked_to_leave_takes_no_step_along(undisturbed, tmp_path
         print(f"alone {time.monotonic() - asked:.0f} s after the signal")
         assert first.wait() == 0
     assert_same_losses(root / "r", undisturbed)
+
+
+def test_the_death_of_the_node_that_holds_the_rendezvous_ends_all_others(tmp_path):
+    root, port = tmp_path / "runs", free_port()
+    with ExitStack() as stack:
+        first = elastic(stack, root, port, host=True)
+        second = elastic(stack, root, port)
+        first.until_past(5)
+        second.until(lambda: second.ranks)
+        first.process.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        assert second.wait(timeout_s=120) == 1
+        print(f"ended {time.monotonic() - killed:.0f} s after the kill")
+        assert not second.left_over()
+        assert not first.left_over()
+    assert state(root / "r")["step"] >= 5
