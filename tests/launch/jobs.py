@@ -44,7 +44,7 @@ class Job:
         """{rank: pid} of the ranks that run now."""
         return {int(e["RANK"]): pid for pid in children(self.process.pid) if "RANK" in (e := environment_of(pid))}
 
-    def until(self, condition, timeout_s=120.0):
+    def until(self, condition, timeout_s=300.0):
         """Wait until the condition holds: its value."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
@@ -58,7 +58,11 @@ class Job:
         """Wait until the checkpoint of a step is there."""
         self.until(lambda: step in saved_steps(self.root / name))
 
-    def wait(self, timeout_s=200.0):
+    def until_past(self, step, name="r"):
+        """Wait until a checkpoint of the step, or of a later one, is there."""
+        self.until(lambda: max(saved_steps(self.root / name), default=0) >= step)
+
+    def wait(self, timeout_s=400.0):
         """Wait until the job has ended by itself: its exit code."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
@@ -107,10 +111,9 @@ def processes():
 
 def children(pid):
     found = set()
-    for other in processes():
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
-            if int(Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.add(other)
+            found.update(map(int, thread.read_text().split()))
     return found
 
 
