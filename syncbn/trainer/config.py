@@ -131,7 +131,9 @@ def described(section: Any, prefix: str = "") -> Iterator[str]:
 
 def explain(error: Exception) -> str:
     """What is wrong with an override or a config file, in one line that names the mend."""
-    text = "\n".join(str(e) for e in (error, error.__cause__) if isinstance(e, HydraException | OmegaConfBaseException))
+    below = error.__cause__
+    text = f"{error}\n{below}" if isinstance(below, HydraException | OmegaConfBaseException) else str(error)
+    text = text.strip() or type(error).__name__
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':\s*(.*)", text, re.S):
         group, choice, options = missing.groups()
         return f"{group}={choice}: no such choice; choose one of {', '.join(options.split()[: _count(options)])}"

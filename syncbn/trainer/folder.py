@@ -110,9 +110,10 @@ class RunFolder:
 
     def refuse_elsewhere(self) -> None:
         """Raise if what lies at the folder's path is a link: what is written and removed there would be elsewhere."""
-        aim = self.path.resolve()
-        if self.path.is_symlink() or aim.parent != self.path.parent.resolve():
-            raise UserError(f"{self.path} is a link to {aim}: choose another run.name=, or give its place as run.root=")
+        if self.path.is_symlink():
+            raise UserError(
+                f"{self.path} is a link to {self.path.readlink()}: choose another run.name=, or run.root= as its place"
+            )
 
 
 def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[str]) -> str:

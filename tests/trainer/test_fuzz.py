@@ -44,9 +44,11 @@ def nearly(known):
     return st.builds(lambda one, other: {**other, **one}, right, strange | st.just({})) | anything
 
 
-one_wrong = st.sampled_from(sorted(flat(KNOWN))).flatmap(
-    lambda key: st.builds(lambda value: nested(key, value), st.floats() | anything)
-)
+no_float = st.sampled_from([math.nan, math.inf, -math.inf, 10**400])
+floats = sorted(key for key, value in flat(KNOWN).items() if isinstance(value, float))
+one_wrong = st.builds(lambda key, value: nested(key, value), st.sampled_from(floats), no_float) | st.sampled_from(
+    sorted(flat(KNOWN))
+).flatmap(lambda key: st.builds(lambda value: nested(key, value), st.floats() | anything))
 
 
 def nested(key, value):
