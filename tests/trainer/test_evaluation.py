@@ -54,9 +54,9 @@ def test_the_figures_are_those_of_its_run_to_the_last_bit(tmp_path, settings):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run on two ranks, with an average and a checkpoint at each step."""
+    """A run on two ranks, with an average, recalibrated too, and a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("runs") / "averaged"
-    run_ranks(train, 2, folder, {"train": {"ema": 0.5}, "checkpoint": {"every": 1}})
+    run_ranks(train, 2, folder, {"train": {"ema": 0.5}, "drift": {"recalibrate": 2}, "checkpoint": {"every": 1}})
     return folder
 
 
@@ -75,7 +75,7 @@ def test_without_the_average_the_weights_themselves_are_evaluated(averaged, tmp_
 
 
 def test_other_data_is_evaluated_however_few_it_has(averaged, tmp_path):
-    settings = own_settings(averaged, data={"name": "fake", "fake_samples": 5})
+    settings = own_settings(averaged, data={"name": "fake", "fake_samples": 5}, drift={"recalibrate": 0})
     evaluated = run_ranks(evaluate, 2, {**settings, "root": str(tmp_path)})[0]
     assert evaluated["eval/images"] == 1
 
