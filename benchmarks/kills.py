@@ -175,8 +175,8 @@ class Life:
         """Wait until what was struck is gone: the launcher and all it started, or all ranks."""
         assert self.job
         process, deadline = self.job.process, time.monotonic() + PATIENCE_S
-        by_signal = blow.victim.startswith("launcher")
-        while process.poll() is None and (by_signal or {pid for pid in before if running(pid)}):
+        ends = blow.victim.startswith("launcher") or not self.restarts
+        while process.poll() is None and (ends or {pid for pid in before if running(pid)}):
             if time.monotonic() > deadline:
                 raise Failed(f"still there {PATIENCE_S} s after {blow}: {self.ours()}")
             time.sleep(0.02)
