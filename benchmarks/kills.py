@@ -54,10 +54,12 @@ class Life:
         self.restarts = 0
         self.since = self.struck_at = time.time()  # when these processes were started; and the ones before struck
         self.struck: Blow | None = None
+        self.trained = False  # whether these processes have been seen to
+        self.scan: tuple[tuple[dict[int, int], set[int]], set[int]] | None = None  # members and ours, a moment ago
 
     def start(self, restarts: int) -> Job:
         """Give the command: the job."""
-        self.since, self.restarts = time.time(), restarts
+        self.since, self.restarts, self.trained = time.time(), restarts, False
         environment = {MARK: self.mark, "TMPDIR": str(self.temporary)}
         arguments = [*self.command, f"launch.max_restarts={restarts}"]
         self.job = Job(arguments, root=self.root, **environment)  # pyright: ignore[reportArgumentType]
@@ -115,15 +117,20 @@ class Life:
 
     def await_moment(self, moment: str, aim: int, draw: random.Random) -> bool:
         """Wait for the moment, at or after the step aimed at; False if the job has ended well before it."""
+        self.scan = None
         if moment == "start-up":
             at = self.since + draw.uniform(0, self.start_s)
             return self.until(lambda: time.time() >= at, "the time")
         if not self.until(lambda: self.training, "training"):
             return False
-        if self.struck and self.struck.recovered_s is None:
-            self.struck.recovered_s = time.time() - self.struck_at
+        if not self.trained:
+            self.trained, self.start_s = True, time.time() - self.since
+            if self.struck:
+                self.struck.recovered_s = time.time() - self.struck_at
         if not self.until(lambda: self.step >= aim, f"step {aim}"):
             return False
+        if moment in ("save", "eval"):
+            self.scan = self.members(), self.ours()  # it takes longer than a save
         if moment == "save":
             return self.until(lambda: self.saved("*.tmp"), "save", poll_s=0.001)
         if moment == "eval":
@@ -134,12 +141,14 @@ class Life:
     def strike(self, draw: random.Random) -> Blow:
         """Strike a process at random, now: the blow, once what must come of it has come. Raises Failed."""
         assert self.job
-        phase, (ranks, loading) = self.phase(), self.members()
+        torn = self.saved("*.tmp")
+        (ranks, loading), everyone = self.scan or (self.members(), self.ours())
+        phase = "save" if torn else "eval" if self.scan and evaluating(self.folder, self.eval_every) else self.phase()
         possible = [v for v in VICTIMS if v.startswith("launcher") or ("loading" in v and loading) or len(ranks) == 2]
         possible = [v for v in possible if loading or "loading" not in v]
         victim = draw.choices(possible, [VICTIMS[v] for v in possible])[0]
         blow = Blow(phase, victim, self.step)
-        before = self.ours() - {self.job.process.pid}
+        before = everyone - {self.job.process.pid}
         self.struck, self.struck_at = blow, time.time()
         if victim == "launcher":
             kill(self.job.process.pid)
@@ -166,15 +175,15 @@ class Life:
         """Wait until what was struck is gone: the launcher and all it started, or all ranks."""
         assert self.job
         process, deadline = self.job.process, time.monotonic() + PATIENCE_S
-        by_signal = blow.victim.startswith("launcher")
-        while process.poll() is None and (by_signal or {pid for pid in before if running(pid)}):
+        ends = blow.victim.startswith("launcher") or not self.restarts
+        while process.poll() is None and (ends or {pid for pid in before if running(pid)}):
             if time.monotonic() > deadline:
                 raise Failed(f"still there {PATIENCE_S} s after {blow}: {self.ours()}")
             time.sleep(0.02)
         blow.torn = len(list(self.folder.rglob("*.tmp")))
         blow.exit_code = process.poll()
         if blow.exit_code is None:
-            self.since = time.time()
+            self.since, self.trained = time.time(), False
             return
         check_exit(blow, self)
         deadline = time.monotonic() + 20
