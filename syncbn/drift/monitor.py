@@ -12,7 +12,7 @@ from syncbn import collectives
 from syncbn.drift import fit, verdicts
 from syncbn.drift.figures import Traits, apart, chance, figures, sizes
 from syncbn.drift.fit import Level, observed
-from syncbn.drift.observer import Held, LocalObserver, stores
+from syncbn.drift.observer import LocalObserver, stores
 from syncbn.drift.prints import Prints
 from syncbn.drift.statistics import Layers, Sums
 from syncbn.drift.verdicts import Evidence, Reading, Verdict
@@ -106,9 +106,10 @@ class DriftMonitor:
 
         {"shared": what is the same on every rank, "own": what is this rank's}, tensors on the CPU in plain containers,
         as torch.load(weights_only=True) takes them. C channels in L layers, after H <= horizon readings, take
-        H (88 C + 88 L) bytes in "shared" and H (8 C + 24 L) in "own"; forwards since the last reading 88 C + 64 L more
-        in "own" (twice that if some are compiled; of layers that do not synchronise 40 C + 16 L for each of up to 4);
-        and some bytes for each layer. So the end of a reading is the time to ask for it.
+        H (88 C + 88 L) bytes in "shared" and H (8 C + 24 L) in "own", and some bytes for each layer. Forwards since the
+        last reading are more in "own": 48 C + 24 L for each of the last, up to 16 (56 C where running statistics are
+        float64), and 88 C + 64 L for all before (as much again if some are compiled); of layers that do not synchronise
+        40 C + 16 L for each of up to 4. So the end of a reading is the time to ask for it: then there are none.
 
         It waits for the device, and is no collective: "shared" of any one rank goes with "own" of each.
         """
@@ -124,8 +125,7 @@ class DriftMonitor:
         }
         held = dict(found for store in self._stores for found in store.held())
         held |= {one.layer: one.held() for one in self._local}
-        places, rows = zip(*(held[layer] for layer in self._modules.values()), strict=True)
-        own = {"windows": mine, "places": list(places), "held": torch.cat(rows), "lengths": [len(row) for row in rows]}
+        own = {"windows": mine, "layers": [held[layer] for layer in self._modules.values()]}
         return {"shared": shared, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,13 +146,12 @@ class DriftMonitor:
         self._forwards, self._hidden = shared["forwards"].clone(), set(shared["hidden"])
         self._windows.clear()
         self._said = set() if own is None else set(shared["said"])
-        nothing = torch.zeros(0, dtype=torch.float64)
-        held: dict[Any, Held] = {one.layer: ([0], nothing) for one in self._local}
-        held |= {observer.layer: ([0, "row"], nothing) for store in self._stores for observer in store.observers}
-        if own is not None:
-            self._windows.load(shared, own["windows"])
-            rows = own["held"].split(own["lengths"])
-            held = dict(zip(self._modules.values(), zip(own["places"], rows, strict=True), strict=True))
+        for one in (*self._stores, *self._local):
+            one.clear()
+        if own is None:
+            return
+        self._windows.load(shared, own["windows"])
+        held = dict(zip(self._modules.values(), own["layers"], strict=True))
         for store in self._stores:
             store.hold(held)
         for one in self._local:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import kernels
-from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up, terms
+from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
 from syncbn.kernels import Form
 from syncbn.moments import Moments
 
 # Forwards that are added up at a time, of all layers together: so that one costs a small copy and little more
 _SLOTS = 16
-# Of one layer, between readings: places in what is kept, and what is kept, [n] float64 on the CPU
-Held = tuple[list[Any], Tensor]
+# What a layer keeps between readings, in tensors on the CPU
+Held = dict[str, Any]
 # Forwards since the last reading that are kept of a layer that does not synchronise, to be compared when it is read
 _KEPT = 4
 
@@ -36,7 +36,7 @@ class Store:
         channels = self.layers.channels
         self._rows = torch.zeros(_SLOTS, sum(5 * n + 3 for n in channels), dtype=torch.float64, device=device)
         # Apart, as a copy of two dtypes at once is a slow one
-        self._running = torch.ones(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
+        self._running = torch.zeros(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
         self._of = self.layers.of.to(device)
         eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
         # Above 0, as a slot that was left empty has no variance
@@ -51,62 +51,61 @@ class Store:
         of_each = zip(layers, slots, running, forms, strict=True)
         self.observers = [Observer(*one, per_image, self) for one in of_each]
 
-    def restart(self) -> None:
-        """Add up the forwards that are kept, and keep none."""
-        self.settle()
-        for observer in self.observers:
-            observer.filled = 0
-
     def settle(self) -> None:
-        """Add up the forwards that are kept. Those to come keep their slots, so that no bit tells when it was done."""
+        """Add up the forwards that are kept, and keep none."""
         filled = max(observer.filled for observer in self.observers)
         if not filled:
             return
         channels, layers = len(self._of), len(self.observers)
-        # Of all slots, filled or not: where vectors end, log may round otherwise
-        fields = self._rows[:, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
+        fields = self._rows[:filled, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
         first, second, mean, m2, between, count, whole_count, images = fields
-        running = Running(*self._running[:, self._of_running].double().chunk(2, dim=1))
+        running = Running(*self._running[:filled, self._of_running].double().chunk(2, dim=1))
         local = _moments(count, self._of, first, second, self._is_message)
         whole = Moments(whole_count, mean, m2)
         scale = 1 / (running.var + self._eps)
-        each = terms(local, whole, between, images, whole, running, scale, self._eps, self._of).packed()
-        # One by one: a sum in any other order would depend on when it was begun
-        for forward in each[:filled]:
-            self._sums += forward
+        sums = add_up(local, whole, between, images, whole, running, scale, self._eps, self._of)
+        self._sums += sums.packed()
         self._rows[:filled] = 0
-        self._running[:filled] = 1
+        # What is left of a forward that was not finite would spoil a slot that stays empty
+        self._running[:filled] = 0
+        for observer in self.observers:
+            observer.filled = 0
 
     def read(self) -> list[tuple[Any, Tensor]]:
         """Each layer and its packed Sums since the last reading."""
-        self.restart()
+        self.settle()
         own = [observer.sums for observer in self.observers]
         read = self.layers.apart(self._sums + self.layers.pack(own).to(self._sums.device))
         self._sums.zero_()
         torch._foreach_zero_(own)  # pyright: ignore[reportPrivateImportUsage]
         return [(observer.layer, sums) for observer, sums in zip(self.observers, read, strict=True)]
 
+    def clear(self) -> None:
+        """Forget all that was seen since the last reading."""
+        # In its place, where a CUDA graph adds to it
+        for kept in (self._rows, self._running, self._sums, *(observer.sums for observer in self.observers)):
+            kept.zero_()
+        for observer in self.observers:
+            observer.filled = 0
+
     def held(self) -> Iterator[tuple[Any, Held]]:
-        """Each layer and its packed Sums since the last reading, then those of forwards that repeat; none if all 0."""
-        self.settle()
+        """Each layer and what it saw since the last reading: forwards as they are kept, and Sums of those before."""
         for observer, sums in zip(self.observers, self.layers.apart(self._sums.cpu()), strict=True):
+            # Apart from those of forwards that repeat; of nothing, none
             both = torch.stack([sums, observer.sums.cpu()])
             rows = 2 if both[1].any() else 1 if both[0].any() else 0
-            yield observer.layer, ([observer.filled, observer.form], both[:rows].flatten())
+            yield observer.layer, observer.held() | {"sums": both[:rows].clone()}
 
     def hold(self, held: Mapping[Any, Held]) -> None:
-        """Go on from what `held` said, on this device or another."""
-        self._rows.zero_()
-        self._running.fill_(1)
+        """Go on from what `held` said, on this device or another, where nothing is kept."""
         sums = []
         for observer in self.observers:
-            (filled, form), kept = held[observer.layer]
-            both = kept.new_zeros(2, len(observer.sums))
-            both.view(-1)[: len(kept)] = kept
+            one = held[observer.layer]
+            both = torch.zeros(2, len(observer.sums), dtype=torch.float64)
+            both[: len(one["sums"])] = one["sums"]
             sums.append(both[0])
-            # In its place, where a CUDA graph adds to it
             observer.sums.copy_(both[1])
-            observer.begin(filled, form)
+            observer.hold(one)
         self._sums.copy_(self.layers.pack(sums))
 
 
@@ -117,7 +116,7 @@ class Observer:
     """
 
     def __init__(self, layer: Any, slots: Tensor, running: Tensor, is_message: Tensor, per_image: bool, store: Store):
-        self.per_image, self.filled, self.form = per_image, 0, "row"
+        self.per_image, self.filled, self._form = per_image, 0, "row"
         self.layer, self._store, self._channels = layer, store, layer.num_features
         self._slots, self._running, self._is_message = slots, running, is_message
         self._place(slots.device)
@@ -129,9 +128,20 @@ class Observer:
         self._nothing = torch.zeros(n + 1, dtype=torch.float64, device=device)
         self._of = torch.zeros(n, dtype=torch.int64, device=device)
 
-    def begin(self, filled: int, form: str) -> None:
-        """Go on in a slot, with moments packed in a form."""
-        self.filled, self.form = filled, form
+    def held(self) -> Held:
+        """The slots that are filled, and how the moments in them are packed."""
+        slots, running = (t[: self.filled].to("cpu", copy=True) for t in (self._slots, self._running))
+        return {"form": self._form, "slots": slots, "running": running}
+
+    def hold(self, held: Held) -> None:
+        """Go on in the next slot."""
+        self.filled = len(held["slots"])
+        self._slots[: self.filled].copy_(held["slots"])
+        self._running[: self.filled].copy_(held["running"])
+        self._begin(held["form"])
+
+    def _begin(self, form: str) -> None:
+        self._form = form
         self._is_message.fill_(form == "message")
 
     def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None:
@@ -148,9 +158,9 @@ class Observer:
                 self._place(packed.device)
             self._add(packed, form, between.to(packed.device), moments, Running(mean, var))
             return
-        if form != self.form or self.filled == _SLOTS:
-            self._store.restart()
-            self.begin(0, form)
+        if form != self._form or self.filled == _SLOTS:
+            self._store.settle()
+            self._begin(form)
         parts = (packed, moments.mean, moments.m2, moments.count.view(1), between)
         torch.cat(parts, out=self._slots[self.filled])
         torch.cat((mean, var), out=self._running[self.filled])
@@ -164,8 +174,7 @@ class Observer:
         between, images = between.unsqueeze(0).split([n, 1], dim=1)
         running = Running(*(t.double().unsqueeze(0) for t in running))
         scale = 1 / (running.var + eps)
-        each = terms(local, whole, between, images, whole, running, scale, eps, self._of)
-        self.sums.add_(add_up(each).packed())
+        self.sums.add_(add_up(local, whole, between, images, whole, running, scale, eps, self._of).packed())
 
     def close(self) -> None:
         if vars(self.layer).get("observer") is self:
@@ -232,22 +241,25 @@ class LocalObserver:
         between, images, *running = self._rows[:, 2 * n + 1 :].split([n, 1, n, n], dim=1)
         # One scale for all ranks, whose running statistics differ
         scale = whole.count.sum() / (whole.m2.sum(0) + eps * whole.count.sum()).clamp(min=1e-300)
-        sums = add_up(terms(local, whole, between, images, local, Running(*running), scale, eps, of)).packed()
-        self._rows.zero_()
-        self._filled = 0
+        sums = add_up(local, whole, between, images, local, Running(*running), scale, eps, of).packed()
+        self.clear()
         return sums
 
     def held(self) -> Held:
         """Rows of the forwards since the last reading."""
         # One that repeats counts nothing
         rows = max(self._filled, int(self._rows[0].any()))
-        return [self._filled], self._rows[:rows].flatten().cpu()
+        return {"filled": self._filled, "rows": self._rows[:rows].to("cpu", copy=True)}
 
     def hold(self, held: Held) -> None:
-        """Go on from what `held` said, on this device or another."""
-        (self._filled,), kept = held
+        """Go on from what `held` said, on this device or another, where nothing is kept."""
+        self._filled = held["filled"]
+        self._rows[: len(held["rows"])].copy_(held["rows"])
+
+    def clear(self) -> None:
+        """Forget all that was seen since the last reading."""
         self._rows.zero_()
-        self._rows.view(-1)[: len(kept)] = kept.to(self._rows.device)
+        self._filled = 0
 
     def _moments(self, rows: Tensor) -> Moments:
         mean, m2, count, _ = rows.split(

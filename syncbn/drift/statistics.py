@@ -56,7 +56,7 @@ class Sums(NamedTuple):
 
     def packed(self) -> Tensor:
         """All of it, one after the other."""
-        return torch.cat(self, dim=-1)
+        return torch.cat(self)
 
 
 class Offsets(NamedTuple):
@@ -142,7 +142,7 @@ class Running(NamedTuple):
     var: Tensor
 
 
-def terms(
+def add_up(
     local: Moments,
     whole: Moments,
     between_images: Tensor,
@@ -153,7 +153,7 @@ def terms(
     eps: Tensor,
     of: Tensor,
 ) -> Sums:
-    """The Sums of each of K forwards, [K, C] and [K, L].
+    """The Sums of K forwards.
 
     Args:
         local, whole: Moments of this rank and of all that it is compared with, count [K, L], mean and m2 [K, C].
@@ -173,7 +173,7 @@ def terms(
     unbiased = tracked.m2 / (tracked.count[:, of] - 1).clamp(min=1)
     shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
     ratio = known * ((unbiased + eps) / (running.var + eps)).log()
-    return Sums(
+    terms = (
         (scale * count).sqrt() * apart,
         scale * count * apart.square(),
         scale * between_images,
@@ -194,11 +194,7 @@ def terms(
         local.count,
         whole.count,
     )
-
-
-def add_up(each: Sums) -> Sums:
-    """The Sums of K forwards together, of those of each."""
-    return Sums(*(t.sum(0) for t in each))
+    return Sums(*(term.sum(0) for term in terms))
 
 
 def f_ratio(sums: Sums) -> Tensor:

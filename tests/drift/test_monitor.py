@@ -401,3 +401,14 @@ def test_a_batch_that_is_not_finite_costs_its_own_window():
         if step % 10 == 9:
             reading = monitor.read()
     assert math.isfinite(reading.layers["bn2"]["n_eff"])
+
+
+def test_what_was_not_finite_spoils_no_slot_that_stays_empty():
+    monitor = DriftMonitor(model := net())
+    for _ in range(2):
+        model(images(0, 0, 3) * math.nan)
+    monitor.read()
+    model.bn1.reset_running_stats(), model.bn2.reset_running_stats()
+    model.bn2(model(images(0, 1, 3)))
+    layers = monitor.read().layers
+    assert all({"n_eff", "kl"} <= layers[name].keys() for name in ("bn1", "bn2"))

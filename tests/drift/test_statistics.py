@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from syncbn.drift import statistics
 from syncbn.drift.figures import Traits, apart, chance, figures
-from syncbn.drift.statistics import Layers, Offsets, Running, Sums, add_up, terms
+from syncbn.drift.statistics import Layers, Offsets, Running, Sums, add_up
 from syncbn.drift.tails import log_f_tail
 from syncbn.moments import Moments
 
@@ -50,7 +50,7 @@ def sums_of(ranks, running=None):
         between = values.size(2) * (values.mean(2) - local.mean.unsqueeze(1)).square().sum(1)
         scale = torch.ones(channels, dtype=torch.float64)
         eps, of = torch.full_like(scale, EPS), torch.zeros(channels, dtype=torch.int64)
-        each.append(add_up(terms(local, whole, between, images, whole, running, scale, eps, of)))
+        each.append(add_up(local, whole, between, images, whole, running, scale, eps, of))
     return each, Sums(*(torch.stack(field).sum(0) for field in zip(*each, strict=True)))
 
 
