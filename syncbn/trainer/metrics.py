@@ -65,7 +65,8 @@ class Record:
         """state: of the record that is gone on with; what it wrote later is cut off. None: a new record."""
         state = state or {"written": 0, "unwritten": "", "time_s": 0.0}
         self.file = path.open("ab", buffering=0)
-        self.file.truncate(min(state["written"], self.file.tell()))
+        if self.file.tell() > state["written"]:
+            self.file.truncate(state["written"])
         self.unwritten: bytes = state["unwritten"].encode()
         self.began = time.monotonic() - state["time_s"]
         self.warned = False

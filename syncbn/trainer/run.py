@@ -103,7 +103,10 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
             training.desync.close()
     if watch:
         watch.finish(training.figures)
-    return INCOMPLETE if watch and watch.missing else 0
+    if watch and watch.missing:
+        print(watch.incomplete(), file=sys.stderr, flush=True)
+        return INCOMPLETE
+    return 0
 
 
 def build(config: Config, ranks: World, start: Start | None = None) -> Parts:

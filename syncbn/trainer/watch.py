@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.metrics import Record
 from syncbn.trainer.runs import read
 from syncbn.trainer.secrets import redacted
-from syncbn.trainer.tracking import Tracker
+from syncbn.trainer.tracking import Tracker, WandbConfig
 from syncbn.trainer.training import Training
 from syncbn.trainer.world import World
 
@@ -71,7 +71,7 @@ class Watch:
         group = name.removesuffix(f"-seed{config.seed}")
         self.story = Story(state["story"])
         self.tracker = Tracker(
-            config.wandb,
+            WandbConfig(**redacted(asdict(config.wandb))),
             folder.path.absolute(),
             name=name,
             group=group,
@@ -155,6 +155,13 @@ class Watch:
                 "time": f"{duration_s:.0f} s",
                 **self.where_to_look(),
             }
+        )
+
+    def incomplete(self) -> str:
+        """What to tell of a run that came to its end, but is missing something."""
+        return (
+            f"error: {self.folder.path} was trained to the end, but something is missing ({'; '.join(self.missing)}): make "
+            "room for it and give the same command again, which goes on from the last checkpoint"
         )
 
     def _report(self) -> None:

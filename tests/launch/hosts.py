@@ -11,8 +11,6 @@ needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None,
     reason="network namespaces are made by root, with ip (apt-get install iproute2)",
 )
-# A sender gives a silent connection up after 0.2 s × (2^(n + 1) - 1) = 25 s; Linux has n = 15, a quarter of an hour
-TCP_RETRIES = 6
 
 
 class Hosts:
@@ -36,6 +34,11 @@ class Hosts:
     def mend(self):
         ip("-n", self.names[1], "link", "set", "eth0", "up")
 
+    def give_up_after(self, retries):
+        """Give a silent connection up after 0.2 s × (2^(retries + 1) - 1); Linux has 15, a quarter of an hour."""
+        for host in range(2):
+            run(*self.on(host), "sh", "-c", f"echo {retries} > /proc/sys/net/ipv4/tcp_retries2")
+
     def connect(self):
         for name in self.names:
             ip("netns", "add", name)
@@ -45,7 +48,6 @@ class Hosts:
             ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             for device in "lo", "eth0":
                 ip("-n", name, "link", "set", device, "up")
-            run(*self.on(host), "sh", "-c", f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2")
 
     def remove(self):
         for name in self.names:

@@ -111,6 +111,7 @@ def on_both(hosts, stack, root, **rendezvous):
 @needs_namespaces
 def test_a_network_cut_for_good_ends_both_sides_and_the_same_command_goes_on(hosts, undisturbed, tmp_path):
     root = tmp_path / "runs"
+    hosts.give_up_after(6)  # 25 s
     with ExitStack() as stack:
         agents = on_both(hosts, stack, root, join_timeout=20, read_timeout=15)
         agents[0].until_past(20)

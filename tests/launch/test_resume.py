@@ -32,7 +32,7 @@ def assert_same_run(folder, undisturbed):
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("whom", ["rank", "launcher"])
+@pytest.mark.parametrize("whom", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed, tmp_path, whom):
     root = tmp_path / "runs"
     with job(PYTHON, *EVERYTHING, root=root) as killed:
@@ -73,6 +73,7 @@ def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, nam
     assert_same_run(root / "r", undisturbed)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_left_at_once_and_made_after(tmp_path):
     slow = ["run.name=r", "model.name=tests.launch.nets:SlowEval", "data.eval_batch_per_rank=2", "train.steps=4"]
     slow += ["train.eval_every=2", "wandb.mode=disabled", "launch.nproc=2"]
@@ -90,6 +91,7 @@ def test_an_evaluation_is_left_at_once_and_made_after(tmp_path):
         assert len(figures(tmp_path / "r")) == 1  # it evaluates, and does not train on before
 
 
+@pytest.mark.slow
 def test_torchrun_starts_all_ranks_again_by_itself(undisturbed, tmp_path):
     restarting = [*STANDALONE[:-1], "--nproc-per-node=2", "--max-restarts=1", "train.py"]
     with job(restarting, *EVERYTHING, root=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as killed:
@@ -109,6 +111,7 @@ def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed):
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_may_be_the_start(undisturbed, tmp_path):
     longer = [word for word in EVERYTHING if not word.startswith("train.steps")]
     code, said = finished(PYTHON, *longer, "train.steps=28", f"checkpoint={undisturbed}", root=tmp_path)

@@ -1,0 +1,150 @@
+"""Faults in real jobs: ranks that die or hang, disks that fill, memory that runs out, secrets that must not show."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+
+from tests.launch.jobs import PYTHON, differing, figures, finished, job, state
+from tests.trainer.test_checkpoint import small_disk
+
+SHORT = ["run.name=r", "launch.nproc=2", "train.steps=20", "train.log_every=4", "train.eval_every=15"]
+SHORT += ["checkpoint.every=4", "wandb.mode=disabled"]
+DEADLY = [*SHORT, "model.name=tests.launch.nets:Fatal", "launch.max_restarts=1"]
+
+
+@pytest.fixture(scope="module")
+def undying(tmp_path_factory):
+    root = tmp_path_factory.mktemp("undying")
+    code, said = finished(PYTHON, *DEADLY, root=root, SYNCBN_TEST_DEATH="never:9:/nowhere")
+    assert code == 0, said
+    return root / "r"
+
+
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [
+        ("backward", 1),
+        ("step", 0),
+        ("save", 0),
+        ("save", 1),
+        ("eval", 1),
+    ],
+)
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_started_again_with_the_others(undying, tmp_path, place, rank):
+    root = tmp_path / "runs"
+    death = f"{place}:{rank}:{tmp_path / 'died'}"
+    with job(PYTHON, *DEADLY, root=root, SYNCBN_TEST_DEATH=death) as dying:
+        assert dying.wait() == 0, dying.said
+        assert dying.left_over() == {}
+        assert (tmp_path / "died").exists()
+        assert f"rank {rank} was ended by SIGKILL" in dying.said
+        assert "restart 1 of 1" in dying.said
+        assert re.search(r"going on from step (8|12)$", dying.said, re.M)
+        assert "Traceback" not in dying.said
+    assert differing(state(root / "r"), state(undying)) == []
+    assert figures(root / "r") == figures(undying)
+
+
+def test_without_restarts_the_job_says_who_died(tmp_path):
+    death = f"step:1:{tmp_path / 'died'}"
+    code, said = finished(PYTHON, *DEADLY, "launch.max_restarts=0", root=tmp_path / "runs", SYNCBN_TEST_DEATH=death)
+    assert code == 1
+    assert "error: rank 1 was ended by SIGKILL" in said
+    assert re.search(r"^error: rank 0 lost another: ", said, re.M)
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_path, rank):
+    hanging = [*SHORT, "train.steps=60", "launch.timeout_s=16", "launch.max_restarts=1"]
+    with job(PYTHON, *hanging, root=tmp_path) as hung:
+        hung.until_saved(8)
+        began = time.monotonic()
+        os.kill(hung.ranks[rank], signal.SIGSTOP)
+        hung.until(lambda: " lost another: " in hung.said)
+        assert time.monotonic() - began < 16 + 20  # some seconds of a loaded machine
+        hung.until(lambda: "restart 1 of 1" in hung.said)  # torch gives a stopped rank 30 s before it kills it
+        assert hung.wait() == 0, hung.said
+        assert hung.left_over() == {}
+    told = re.search(r"lost another: (.*)", hung.said)[1]
+    if rank == 1:
+        assert re.search(r"this rank \(0\) waits in message \d+, [\w.]*bn\d \((for|back)ward\)", told), told
+        assert re.search(r"rank 1, last heard of \d+ s ago, had made \d+ messages, the last in [\w.]*bn\d", told), told
+    else:  # it hosts the store through which ranks hear of each other
+        assert "rank 0" in told
+
+
+def test_out_of_memory_is_told_with_the_mend(tmp_path):
+    code, said = finished(PYTHON, *SHORT, "model.name=tests.launch.nets:Greedy", "drift.level=off", root=tmp_path)
+    assert code == 2
+    assert "error: rank 1 has no memory left (tried to allocate" in said
+    assert "lower data.batch_per_rank=4" in said
+    assert "Traceback" not in said
+
+
+def remounted(folder, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+
+@pytest.mark.parametrize("fault", ["size=340k", pytest.param("ro", marks=pytest.mark.slow)], ids=["full", "read-only"])
+def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
+    (tmp_path / "runs").mkdir()
+    with small_disk(tmp_path / "runs", 50_000_000):
+        root = tmp_path / "runs"
+        with job(PYTHON, *SHORT, "train.steps=60", root=root / "in") as failing:
+            failing.until_saved(8)
+            whole = figures(root / "in" / "r")[:2]
+            if fault != "ro":  # fill it up but for some hundred bytes
+                with suppress(OSError), (root / "filler").open("wb") as filler:
+                    while True:
+                        filler.write(bytes(100_000))
+                        filler.flush()
+            else:
+                remounted(root, fault)
+            code = failing.wait()
+            said = failing.said
+        assert code == 3, said
+        assert "step     60" in said  # it trained to the end
+        assert "training goes on" in said
+        (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+        assert "result.json" in line
+        assert figures(root / "in" / "r")[:2] == whole  # nothing that was written is harmed
+        assert state(root / "in" / "r")["step"] >= 8
+        if fault == "ro":
+            remounted(root, "rw")
+        else:
+            (root / "filler").unlink()
+
+        code, said = finished(PYTHON, *SHORT, "train.steps=60", root=root / "in")
+        assert code == 0, said
+        assert (root / "in" / "r" / "result.json").exists()
+        assert [line["step"] for line in figures(root / "in" / "r")][-1] == 60
+
+
+def test_no_secret_is_written_anywhere(tmp_path):
+    """Into no file of the run, a checkpoint or W&B's own, nor onto the screen."""
+    secret = "planted0secret1value"
+    options = [
+        *SHORT,
+        "train.steps=4",
+        "wandb.mode=offline",
+        f"wandb.tags=['https://me:{secret}@host/?token={secret}']",
+    ]
+    code, said = finished(PYTHON, *options, root=tmp_path / "runs", WANDB_API_KEY=secret, HF_TOKEN=secret)
+    assert code == 0, said
+    broken = [*options, f"model.weights='https://me:{secret}@host/x?token={secret}'", "run.name=b"]
+    code, refused = finished(PYTHON, *broken, root=tmp_path / "runs", WANDB_API_KEY=secret)
+    assert code == 2
+    assert secret not in said + refused
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "rank0.log", "report.html", "latest"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    holding = [path.name for path in files if secret.encode() in path.read_bytes()]
+    assert holding == []
