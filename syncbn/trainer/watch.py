@@ -160,8 +160,9 @@ class Watch:
     def incomplete(self) -> str:
         """What to tell of a run that came to its end, but is missing something."""
         return (
-            f"error: {self.folder.path} was trained to the end, but something is missing ({'; '.join(self.missing)}): make "
-            "room for it and give the same command again, which goes on from the last checkpoint"
+            f"error: {self.folder.path} was trained to the end, but lacks what could not be written "
+            f"({'; '.join(self.missing)}): make room for it and give the same command again, which goes on from the "
+            "last checkpoint"
         )
 
     def _report(self) -> None:

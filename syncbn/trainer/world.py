@@ -21,6 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 from syncbn.trainer.errors import FAILED, UserError
 
 LONGEST_S = 7 * 24 * 3600
+WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
+HEARING_S = 30  # how long rank 0 waits for the others to hear it
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
 
@@ -235,12 +237,20 @@ def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
 
     Every rank calls it: none then ends before rank 0 is done, as a launcher ends all ranks as soon as one has ended.
     """
+    store, size = meet(), int(os.environ["WORLD_SIZE"])
+    if rank() == 0:
+        with suppress(RuntimeError):
+            store.set(WORD, word)
+            # It may be this process that hosts the store
+            if size > 1:
+                store.wait([f"{WORD}/heard"], timedelta(seconds=HEARING_S))
+        return word
     with suppress(RuntimeError):
-        if rank() == 0:
-            meet().set("syncbn/word", word)
-            return word
-        meet().wait(["syncbn/word"], timedelta(seconds=patience_s))
-        return meet().get("syncbn/word").decode()
+        store.wait([WORD], timedelta(seconds=patience_s))
+        word = store.get(WORD).decode()
+        if store.add(f"{WORD}/hearers", 1) == size - 1:
+            store.set(f"{WORD}/heard", "")
+        return word
     return None
 
 
