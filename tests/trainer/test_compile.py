@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from syncbn.trainer import loop
 from syncbn.trainer.config import typed
-from syncbn.trainer.run import assemble, build, graph_break
+from syncbn.trainer.failures import graph_break
+from syncbn.trainer.run import assemble, build
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of
 
