@@ -140,9 +140,9 @@ class Watch:
         if self.story.last:
             result["drift"] = {"verdicts": self.story.verdicts}
         self._close_files()
-        self._report()
         with self._or_missing(self.folder.result), put(self.folder.result) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
+        self._report()
         self.tracker.finish()
         self.screen.stop()
         if worst := self.story.worst_layers():

@@ -29,6 +29,7 @@ def assert_same_run(folder, undisturbed):
     assert figures(folder) == figures(undisturbed)
     results = [json.loads((run / "result.json").read_text()) for run in (folder, undisturbed)]
     assert results[0]["metrics"] == results[1]["metrics"]
+    assert "unfinished" not in (folder / "report.html").read_text()
     assert not list(folder.rglob("*.tmp"))
 
 
