@@ -106,7 +106,7 @@ class Training:
         if self.drift and state["drift"]:
             try:
                 self.drift.load_state_dict({"shared": state["drift"], "own": own["drift"]})
-            except ValueError as error:
+            except (KeyError, ValueError) as error:
                 log.warning("drift is measured from here on only: %s", error)
 
     def _load_optimizer(self, state: State) -> None:
