@@ -88,13 +88,16 @@ class Life:
     def saved(self, pattern: str) -> list[Path]:
         return list((self.folder / "checkpoints").glob(pattern))
 
+    @property
+    def torn(self) -> list[Path]:
+        """What these processes are writing, or were when they were killed."""
+        return [path for path in self.saved("*.tmp") if changed_s(path) > self.since]
+
     def phase(self) -> str:
         """What the job seems to be doing, by its processes and files."""
         ranks, loading = self.members()
         if not loading:
             return "starting" if ranks else "launching"
-        if list(self.folder.rglob("*.tmp")):
-            return "save"
         step, evaluated = last_figures(self.folder)
         if step == self.steps and evaluated:
             return "end"
@@ -132,7 +135,7 @@ class Life:
         if moment in ("save", "eval"):
             self.scan = self.members(), self.ours()  # it takes longer than a save
         if moment == "save":
-            return self.until(lambda: self.saved("*.tmp"), "save", poll_s=0.001)
+            return self.until(lambda: self.torn, "save", poll_s=0.001)
         if moment == "eval":
             return self.until(lambda: evaluating(self.folder, self.eval_every), "evaluation", poll_s=0.002)
         at = time.time() + draw.uniform(0, 3.0 if moment == "end" else 0.7)
@@ -141,9 +144,9 @@ class Life:
     def strike(self, draw: random.Random) -> Blow:
         """Strike a process at random, now: the blow, once what must come of it has come. Raises Failed."""
         assert self.job
-        torn = self.saved("*.tmp")
+        saving = self.torn
         (ranks, loading), everyone = self.scan or (self.members(), self.ours())
-        phase = "save" if torn else "eval" if self.scan and evaluating(self.folder, self.eval_every) else self.phase()
+        phase = "save" if saving else "eval" if self.scan and evaluating(self.folder, self.eval_every) else self.phase()
         possible = [v for v in VICTIMS if v.startswith("launcher") or ("loading" in v and loading) or len(ranks) == 2]
         possible = [v for v in possible if loading or "loading" not in v]
         victim = draw.choices(possible, [VICTIMS[v] for v in possible])[0]
@@ -180,7 +183,7 @@ class Life:
             if time.monotonic() > deadline:
                 raise Failed(f"still there {PATIENCE_S} s after {blow}: {self.ours()}")
             time.sleep(0.02)
-        blow.torn = len(list(self.folder.rglob("*.tmp")))
+        blow.torn = len(self.torn)
         blow.exit_code = process.poll()
         if blow.exit_code is None:
             self.since, self.trained = time.time(), False

@@ -139,7 +139,7 @@ class Checkpoints:
         return None
 
     def _save(self, step: int, state: dict[str, Any], best: bool) -> None:
-        path = self.folder / f"step_{step:012}.pt"
+        path = self.folder / f"step_{step:09}.pt"
         try:
             write(path, state)
             for pointer in ["latest", "best"] if best else ["latest"]:

@@ -54,8 +54,9 @@ class Screen:
             self.windows.append((step - self.read_at, figures))
             self.read_at = step
         if any(name.startswith("eval/") for name in figures):
-            trained = _trained(_mean(self.windows))
-            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {trained}  |  {_evaluated(figures)}")
+            # None where another process trained, and this one goes on with the evaluation
+            trained = f"{_trained(_mean(self.windows))}  |  " if self.windows else ""
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {trained}{_evaluated(figures)}")
             self.windows, self.said_at = [], time.monotonic()
             return
         now = _trained(figures)
@@ -114,7 +115,8 @@ def _mean(windows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     steps = sum(n for n, _ in windows)
     shares = ("train/loss", "train/accuracy", "train/data_wait_share")
     mean = {name: sum(n * figures[name] for n, figures in windows) / steps for name in shares}
-    return {**mean, "train/images_per_s": steps / sum(n / figures["train/images_per_s"] for n, figures in windows)}
+    took = sum(n / max(1e-9, figures["train/images_per_s"]) for n, figures in windows)
+    return {**mean, "train/images_per_s": steps / took}
 
 
 def _trained(figures: dict[str, float]) -> str:

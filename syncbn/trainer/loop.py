@@ -175,12 +175,13 @@ def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str
     if in_a_row > config.max_bad_steps:
         raise BadSteps(training.step - in_a_row + 1, training.step)
     elapsed_s, waited_s = batches.restart_clock()
+    images = sums["steps"] * config.accumulate * training.data.global_batch - sums["skipped"]
     figures = {f"train/{name}": value for name, value in training.task.metrics(sums).items()}
     return {
         "epoch": training.epoch,
         **figures,
         "train/lr": training.optimizer.param_groups[0]["lr"],
-        "train/images_per_s": sums["samples"] / elapsed_s,
+        "train/images_per_s": images / elapsed_s,
         "train/step_ms": 1000 * elapsed_s / sums["steps"],
         "train/data_wait_share": waited_s / elapsed_s,
         "train/skipped_images": sums["skipped"],

@@ -188,7 +188,7 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None) -> i
     except Exception as error:
         log.info("rank %d failed", world.rank(), exc_info=True)
         lost = isinstance(error, LostRank)
-        text = f"error: rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
+        text = f"rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
         print(redacted(text), end="", file=sys.stderr, flush=True)
         return FAILED
     world.leave()

@@ -65,6 +65,7 @@ def test_overwrite_replaces_the_run_whole(tmp_path):
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.txt").touch()
     for overwrite in False, True:
         with pytest.raises(UserError, match=r"exists and is no run"):
             RunFolder(RunConfig(name="a", root=str(tmp_path), overwrite=overwrite)).refuse_other(CONFIG)
