@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,9 @@ class Screen:
         self.bar: Progress | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        # A full disk under a job's output, or a pipe that nobody reads, is no reason to end it
+        with suppress(OSError):
+            self.console.print(text, markup=False)
 
     def start(self) -> None:
         if not self.console.is_terminal:

@@ -95,12 +95,12 @@ def remounted(folder, how):
 
 @pytest.mark.parametrize("fault", ["size=340k", pytest.param("ro", marks=pytest.mark.slow)], ids=["full", "read-only"])
 def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
-    (tmp_path / "runs").mkdir()
-    with small_disk(tmp_path / "runs", 50_000_000):
-        root = tmp_path / "runs"
-        with job(PYTHON, *SHORT, "train.steps=60", root=root / "in") as failing:
+    root = tmp_path / "disk" / "runs"  # what the job says goes beside the disk
+    root.mkdir(parents=True)
+    with small_disk(root, 50_000_000):
+        with job(PYTHON, *SHORT, "train.steps=60", root=root) as failing:
             failing.until_saved(8)
-            whole = figures(root / "in" / "r")[:2]
+            whole = figures(root / "r")[:2]
             if fault != "ro":  # fill it up but for some hundred bytes
                 with suppress(OSError), (root / "filler").open("wb") as filler:
                     while True:
@@ -115,17 +115,17 @@ def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
         assert "training goes on" in said
         (line,) = (line for line in said.splitlines() if line.startswith("error: "))
         assert "result.json" in line
-        assert figures(root / "in" / "r")[:2] == whole  # nothing that was written is harmed
-        assert state(root / "in" / "r")["step"] >= 8
+        assert figures(root / "r")[:2] == whole  # nothing that was written is harmed
+        assert state(root / "r")["step"] >= 8
         if fault == "ro":
             remounted(root, "rw")
         else:
             (root / "filler").unlink()
 
-        code, said = finished(PYTHON, *SHORT, "train.steps=60", root=root / "in")
+        code, said = finished(PYTHON, *SHORT, "train.steps=60", root=root)
         assert code == 0, said
-        assert (root / "in" / "r" / "result.json").exists()
-        assert [line["step"] for line in figures(root / "in" / "r")][-1] == 60
+        assert (root / "r" / "result.json").exists()
+        assert [line["step"] for line in figures(root / "r")][-1] == 60
 
 
 def test_no_secret_is_written_anywhere(tmp_path):
