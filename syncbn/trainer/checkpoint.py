@@ -61,9 +61,9 @@ def read(path: Path) -> bytes:
     content = path.read_bytes()
     end = max(0, len(content) - len(SEAL) - 2 * hashlib.sha256().digest_size)
     if not content.startswith(SEAL, end):
-        raise Damaged(f"{path} is damaged: it has no checksum at its end")
+        raise Damaged(f"{path} is damaged: its checksum is missing")
     if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end + len(SEAL) :]:
-        raise Damaged(f"{path} is damaged: its checksum is another")
+        raise Damaged(f"{path} is damaged: its checksum is wrong")
     return content
 
 
