@@ -135,7 +135,8 @@ def start_ranks_again(config: Config) -> None:
                 raise
             number = f"restart {restart + 1} of {config.launch.max_restarts}"
             print(f"{failed}: all ranks start again from the last checkpoint ({number})", file=sys.stderr, flush=True)
-        config = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
+        if config.checkpoint.resume == "none":  # anew, but once
+            config = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 
 
 def start_ranks(config: Config) -> None:
