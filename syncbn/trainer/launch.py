@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -53,14 +53,12 @@ def enter(job: Callable[[], Any]) -> None:
     sys.argv[1:] = [CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]]
     if not world.under_torchrun():
         sys.exit(in_one_line(job))
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        sys.exit(_refuse_multirun())
     store = world.meet()
     if world.rank() > 0:
         decided = json.loads(store.get(CONFIG))
         sys.exit(as_rank(lambda: from_yaml(decided["config"])) if decided["config"] else decided["exit_code"])
     try:
-        code = in_one_line(job)
+        code = in_one_line(_refuse_multirun if {"-m", "--multirun"} & set(sys.argv[1:]) else job)
     except SystemExit as end:
         code = end.code
     if not store.check([CONFIG]):  # refused, or --help and the like: there is no run to wait for
@@ -210,12 +208,10 @@ def in_one_line(job: Callable[[], Any]) -> int:
     return 0
 
 
-def _refuse_multirun() -> int:
-    if world.rank() == 0:
-        arguments = " ".join(a for a in sys.argv[1:] if a not in ("-m", "--multirun"))
-        line = f"python {sys.argv[0]} -m {arguments} launch.nproc={world.local_size()}"
-        print(f"error: -m starts a job per point and cannot do so inside torchrun; run: {line}", file=sys.stderr)
-    return USER_ERROR
+def _refuse_multirun() -> NoReturn:
+    arguments = " ".join(a for a in sys.argv[1:] if a not in ("-m", "--multirun"))
+    line = f"python {sys.argv[0]} -m {arguments} launch.nproc={world.local_size()}"
+    raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {line}")
 
 
 def _end(exit_code: int) -> str:
