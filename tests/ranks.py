@@ -76,6 +76,7 @@ class _World:
 
 
 def _serve(rank: int, size: int, store: Path, connection: Any) -> None:
+    import torch
     import torch.distributed as dist
 
     for call in itertools.count():
@@ -88,6 +89,7 @@ def _serve(rank: int, size: int, store: Path, connection: Any) -> None:
             dist.init_process_group(
                 "gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size, timeout=timeout
             )
+        torch.manual_seed(rank)
         try:
             answer = fn(rank, *args), None
         except Exception as error:
