@@ -59,17 +59,16 @@ def test_ranks_together_equal_the_whole_batch(shape, split, form):
 def test_lower_precisions(dtype, memory_format):
     x, dy = (t.to(dtype).contiguous(memory_format=memory_format) for t in batch((3, 4, 2), mean=1.0))
     r = torch.randn(x.shape).to(dtype)
-    layer = layer_of(3, torch.float32, activation="relu")
+    layer = layer_of(3, torch.float32)
+    # Near zero, rounding decides what the relu lets through: there no gradient comes in
+    before_relu = of_whole_batch(layer, x.double(), r.double(), dy.double())["y"]
+    dy = dy * (before_relu.abs() > 0.05)
+    layer.activation = "relu"
 
     got = on_rank(0, layer, [x], [r], [dy])
 
     assert got["y"].is_contiguous(memory_format=memory_format)
     want = of_whole_batch(layer, x.double(), r.double(), dy.double())
-    # Near zero, rounding decides what the relu lets through
-    past = (want["y"] > 0.05) | (want["y"] == 0) & (got["y"] == 0)
-    assert past.double().mean() > 0.8
-    for name in "y", "dx", "dresidual":
-        want[name], got[name] = want[name] * past, got[name] * past
     assert_near(got, want, max(8 * torch.finfo(dtype).eps, 1e-5))
 
 
