@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -189,6 +190,14 @@ def test_a_rank_that_runs_fewer_layers_is_named():
     assert re.fullmatch(r"rank 0, last heard of \d s ago, had made 4 messages, the last in a \(backward\)", cause)
 
 
+def stop(pid):
+    """Stop a process. Until the signal has come to all its threads, those go on, and may answer a collective."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = list(Path(f"/proc/{pid}/task").glob("*/stat"))
+    while any(thread.read_text().rpartition(")")[2].split()[0] != "T" for thread in threads):
+        time.sleep(0.01)
+
+
 def stopped_rank(rank, hosts_store):
     """Rank 1, or with hosts_store the rank 0 that serves a TCP store, is stopped until its peer complains of it."""
     pids = collectives.gather_objects(os.getpid(), dist.group.WORLD)
@@ -199,7 +208,7 @@ def stopped_rank(rank, hosts_store):
         with DesyncMonitor(model, patience_s=PATIENCE_S, report=stall) as monitor:
             step(model, "ab")
             if rank != victim:
-                os.kill(pids[victim], signal.SIGSTOP)
+                stop(pids[victim])
             step(model, "ab")
             monitor.check()
     return stall.texts
@@ -244,7 +253,7 @@ def silent_elsewhere(rank):
         if rank == 0:
             # The other has seen its own last message, and is stopped for so long that it may think the store silent
             time.sleep(PATIENCE_S / 2)
-            os.kill(pids[1], signal.SIGSTOP)
+            stop(pids[1])
             reported.wait(20)
             time.sleep(1.5)
             os.kill(pids[1], signal.SIGCONT)
@@ -276,7 +285,7 @@ def without_syncbn(rank, steps, before):
             time.sleep(PATIENCE_S / 2)
             if before:
                 monitor.alive(steps)
-            os.kill(pids[1], signal.SIGSTOP)
+            stop(pids[1])
         dist.barrier()
         known = monitor.stall
         monitor.alive(steps + 1)
