@@ -53,7 +53,7 @@ class Screen:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Show training figures on the bar, and an evaluation as a line of its own."""
-        if "train/loss" in figures:
+        if "train/images_per_s" in figures:
             self.windows.append((step - self.read_at, figures))
             self.read_at = step
         if any(name.startswith("eval/") for name in figures):
@@ -115,18 +115,20 @@ def shown(figures: Mapping[str, float]) -> dict[str, str]:
 
 def _mean(windows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The figures over windows of so many steps each, as if they had been one."""
-    steps = sum(n for n, _ in windows)
-    shares = ("train/loss", "train/accuracy", "train/data_wait_share")
-    mean = {name: sum(n * figures[name] for n, figures in windows) / steps for name in shares}
+    mean = {}
+    for name in ("train/loss", "train/accuracy", "train/data_wait_share"):
+        if known := [(n, figures[name]) for n, figures in windows if name in figures]:
+            mean[name] = sum(n * value for n, value in known) / sum(n for n, _ in known)
     took = sum(n / max(1e-9, figures["train/images_per_s"]) for n, figures in windows)
-    return {**mean, "train/images_per_s": steps / took}
+    return {**mean, "train/images_per_s": sum(n for n, _ in windows) / took}
 
 
 def _trained(figures: dict[str, float]) -> str:
-    return (
-        f"loss {figures['train/loss']:.4f}  accuracy {figures['train/accuracy']:6.2%}  "
-        f"{figures['train/images_per_s']:,.0f} images/s  data wait {figures['train/data_wait_share']:3.0%}"
-    )
+    learnt = "no good step"
+    if "train/loss" in figures:
+        learnt = f"loss {figures['train/loss']:.4f}  accuracy {figures['train/accuracy']:6.2%}"
+    speed = f"{figures['train/images_per_s']:,.0f} images/s"
+    return f"{learnt}  {speed}  data wait {figures['train/data_wait_share']:3.0%}"
 
 
 def _evaluated(figures: dict[str, float]) -> str:

@@ -169,14 +169,18 @@ def optimiser_step(training: Training, config: TrainConfig, world: World, batche
 
 
 def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str, float]:
-    """The figures since the last reading. Collective. Raises BadSteps, on every rank."""
+    """The figures since the last reading, the task's if a step of it was good. Collective.
+
+    Raises BadSteps, on every rank.
+    """
     sums = training.totals.reduce()
     in_a_row = int(training.guard.in_a_row)
     if in_a_row > config.max_bad_steps:
         raise BadSteps(training.step - in_a_row + 1, training.step)
     elapsed_s, waited_s = batches.restart_clock()
     images = sums["steps"] * config.accumulate * training.data.global_batch - sums["skipped"]
-    figures = {f"train/{name}": value for name, value in training.task.metrics(sums).items()}
+    learnt = training.task.metrics(sums) if sums["bad_steps"] < sums["steps"] else {}
+    figures = {f"train/{name}": value for name, value in learnt.items()}
     return {
         "epoch": training.epoch,
         **figures,

@@ -45,6 +45,19 @@ def test_without_a_terminal_an_epoch_is_one_plain_line():
     assert shown(terminal=False).splitlines()[0] == line + "  |  eval loss 0.5000  accuracy 75.00%"
 
 
+def test_a_window_without_a_good_step_has_no_part_in_the_loss():
+    console = Console(file=io.StringIO(), width=200, highlight=False, soft_wrap=True)
+    screen = Screen(40, console)
+    bad = {name: value for name, value in LATER.items() if name not in ("train/loss", "train/accuracy")}
+    for step, figures in ((20, WINDOW), (40, bad), (40, EVALUATED)):
+        screen.log(step, figures)
+    (line,) = console.file.getvalue().splitlines()
+    assert "loss 2.0000  accuracy 25.00%  " in line
+    screen.log(50, bad)
+    screen.log(50, EVALUATED)
+    assert "no good step  50 images/s  data wait 40%  |  eval loss" in console.file.getvalue()
+
+
 def test_the_closing_table_never_cuts_a_path():
     assert shown(terminal=False).splitlines()[-1] == "look           wandb leet " + 40 * "long/"
 

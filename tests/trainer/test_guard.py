@@ -116,6 +116,7 @@ def test_a_bad_micro_batch_spoils_its_step_alone():
     settings = {"train": {"steps": 3, "log_every": 1, "accumulate": 2}}
     for states, lines, _, _ in run_ranks(train, 2, "loss", (3,), settings):
         assert [figures["train/bad_steps"] for _, figures in lines if "train/bad_steps" in figures] == [0, 1, 0]
+        assert [step for step, figures in lines if "train/loss" in figures] == [1, 3]
         assert unmoved(states[0], states[1])
         assert not unmoved(states[1], states[2])
 
