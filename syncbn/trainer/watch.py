@@ -125,7 +125,9 @@ class Watch:
         self.screen.stop()
         self.tracker.finish(exit_code=PREEMPTED)
         lost = f"; {', '.join(self.missing)} could not be written" if self.missing else ""
-        self.screen.say(f"preempted at step {step}{lost}: the same command goes on from {self.checkpoints.latest}")
+        latest = self.checkpoints.latest
+        next_time = f"goes on from {latest}" if latest else "begins anew, as there is no checkpoint yet"
+        self.screen.say(f"preempted at step {step}{lost}: the same command {next_time}")
 
     def finish(self, figures: dict[str, float]) -> None:
         """Write the result, and show what the run came to; what could not be written is `missing`."""
