@@ -113,12 +113,15 @@ def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed):
 
 
 @pytest.mark.slow
-def test_another_runs_checkpoint_may_be_the_start(undisturbed, tmp_path):
-    longer = [word for word in EVERYTHING if not word.startswith("train.steps")]
-    code, said = finished(PYTHON, *longer, "train.steps=28", f"checkpoint={undisturbed}", root=tmp_path)
-    assert code == 0, said
-    assert "going on from step 24" in said
-    assert [line["step"] for line in figures(tmp_path / "r")] == [27, 28, 28]
+def test_another_runs_checkpoint_may_be_the_start_after_a_restart_too(undisturbed, tmp_path):
+    longer = [word for word in EVERYTHING if not word.startswith(("train.steps", "train.eval_every", "checkpoint"))]
+    longer += ["train.steps=50", "train.eval_every=50", "checkpoint.every=50", "launch.max_restarts=1"]
+    with job([*PYTHON, *longer, f"checkpoint={undisturbed}"], root=tmp_path / "runs") as killed:
+        killed.until(lambda: "going on from step 24" in killed.said)
+        os.kill(killed.ranks[1], signal.SIGKILL)
+        assert killed.wait() == 0, killed.said
+        assert killed.said.count("going on from step 24") == 2
+    assert [line["step"] for line in figures(tmp_path / "runs" / "r")] == [*range(27, 49, 3), 50, 50]
 
 
 def test_changed_data_is_not_gone_on_with(tmp_path):
