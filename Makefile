@@ -1,10 +1,10 @@
-# make train | test | check | setup        make train ARGS="norm=local data.batch_per_rank=2"
+# make train | test | test-cluster | check | setup     make train ARGS="norm=local data.batch_per_rank=2"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup train test check format clean
+.PHONY: setup train test test-cluster check format clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/ready
@@ -23,6 +23,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
