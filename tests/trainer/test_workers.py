@@ -31,13 +31,27 @@ held = [batch for part in (built.eval, itertools.islice(batches, 100)) for batch
 print(heard[0], len(held), len(multiprocessing.active_children()), flush=True)
 """
 
+FORK = """
+import os, time
+from syncbn.trainer.data.workers import HeedRankAlone
+
+heed = HeedRankAlone()
+print("ready", flush=True)
+if worker := os.fork():
+    print(worker, flush=True)
+while os.getppid() == heed.rank or worker:
+    time.sleep(0.01)
+heed(0)
+time.sleep(60)
+"""
+
 started = []
 
 
-def start():
-    """A rank that is about to start two workers, as the leader of its process group."""
+def start(script=RANK):
+    """A rank that is about to start its workers, as the leader of its process group."""
     rank = subprocess.Popen(
-        [sys.executable, "-c", RANK],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -101,9 +115,11 @@ def test_no_signal_meets_a_worker_before_it_ignores_them():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_workers_are_gone_with_a_killed_rank():
-    rank = start()
+@pytest.mark.parametrize("script", [RANK, FORK], ids=["at-work", "just-started"])
+def test_workers_are_gone_with_a_killed_rank(script):
+    rank = start(script)
     workers = workers_of(rank)
+    assert workers
     assert all(map(is_alive, workers))
     rank.kill()
     rank.wait()

@@ -1,6 +1,7 @@
 """Processes that load data: deaf to what is sent to a rank's whole process group, and gone with their rank."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ class HeedRankAlone:
 
     def __init__(self) -> None:
         self.rank = os.getpid()
+        self.is_parent = multiprocessing.get_start_method() != "forkserver"
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -32,8 +34,11 @@ class HeedRankAlone:
         if (scratch := world.scratch()) and len(scratch) < LONGEST:
             tempfile.tempdir = scratch
         Thread(target=self._end_when_told, daemon=True).start()
-        if sys.platform == "linux" and os.getppid() == self.rank:  # a fork server is another parent
+        if sys.platform == "linux" and self.is_parent:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            # Killed before that: torch's own look would take whoever is the parent now for the rank, for ever
+            if os.getppid() != self.rank:
+                os._exit(1)
 
     def _end_when_told(self) -> None:
         # multiprocessing's exit ends workers so, and waits for them for ever
