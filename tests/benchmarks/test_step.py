@@ -35,6 +35,7 @@ def sent(rank, model, sending, backend=None):
         return forced.messages(training_step)
 
 
+@pytest.mark.plain("all_reduce-eager")
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compile"])
 @pytest.mark.parametrize("reduction", ["all_reduce", "gather"])
 def test_a_rank_alone_sends_two_messages_a_layer_if_it_is_made_to(reduction, backend):

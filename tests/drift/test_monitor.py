@@ -63,6 +63,7 @@ def read_all(rank, case, readings=4, every=10):
     return found
 
 
+@pytest.mark.plain("sync-1-image", "local-3-rank")
 @pytest.mark.parametrize("level", ["rank", "image"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
@@ -74,6 +75,7 @@ def test_nothing_is_said_of_good_shards(sync, batch, level):
         assert other == ranks[0], "the same on every rank"
 
 
+@pytest.mark.plain("sync-1-rank", "sync-2-image", "local-1-image", "local-2-rank")
 @pytest.mark.parametrize("level", ["rank", "image"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])

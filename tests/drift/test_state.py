@@ -88,6 +88,9 @@ def bits(reading):
     return figures, {layer: [z.hex() for z in zs] for layer, zs in reading.rank_z.items()}, reading.verdicts
 
 
+@pytest.mark.plain(
+    "sync-image-in-a-window", "sync-rank-after-a-reading", "local-image-before-the-first", "local-rank-in-a-window"
+)
 @pytest.mark.parametrize("at", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
 @pytest.mark.parametrize("level", ["rank", "image"])
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
@@ -99,6 +102,7 @@ def test_resumed_it_reads_what_it_would_have_read(sync, level, at):
         assert wrote == want, "to write a state disturbs nothing"
 
 
+@pytest.mark.plain("eps-0-12", "one-rank-33", "gather-12")
 @pytest.mark.parametrize("at", [12, 33])
 @pytest.mark.parametrize(
     ("ranks", "case"),

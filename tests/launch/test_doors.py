@@ -125,6 +125,7 @@ def drifting(tmp_path_factory):
 SMALL = r"batch too small \(n_eff \d+ at [\w.]+\): use norm=sync or a larger group"
 
 
+@pytest.mark.slow
 def test_a_verdict_is_shown_when_it_comes_and_at_the_end(drifting):
     done, folder = drifting
     assert done.returncode == 0, done.stderr
@@ -178,6 +179,7 @@ def test_a_typo_under_torchrun_ends_the_whole_job_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_multirun_under_torchrun_is_refused_with_the_right_command():
     done = run(TORCHRUN, "-m", "seed=0,1")
     assert done.returncode != 0
@@ -185,6 +187,7 @@ def test_multirun_under_torchrun_is_refused_with_the_right_command():
     assert line.endswith("run: python train.py -m seed=0,1 launch.nproc=2")
 
 
+@pytest.mark.slow
 def test_help_under_torchrun_leaves_nobody_waiting():
     done = run(TORCHRUN, "--help")
     assert done.returncode == 0, done.stderr
@@ -218,6 +221,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.plain("no-gpu")
 @pytest.mark.parametrize(("arguments", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_leaves_nothing_behind(tmp_path, arguments, said):
     done = run(PYTHON, *arguments, root=tmp_path)
@@ -228,6 +232,7 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path, arguments, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_everywhere_and_keeps_the_last_good_state(tmp_path):
     wild = ["optim.lr=300", "schedule.warmup_epochs=0.3", "train.eval_every=2", "train.steps=90", "train.log_every=2"]
     done = run(PYTHON, *wild, "run.name=wild", "model.name=tests.launch.nets:explosive", root=tmp_path)
@@ -253,6 +258,7 @@ def test_a_graph_break_ends_the_run_in_one_line(tmp_path):
     assert line.endswith("(Data-dependent branching): write that without a graph break, or train.compile=false")
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_ends_the_run_by_name_or_is_skipped(tmp_path):
     data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
     (data / "train" / "a" / "0003.jpg").write_bytes(b"not an image")
@@ -269,12 +275,14 @@ def test_an_unreadable_image_ends_the_run_by_name_or_is_skipped(tmp_path):
     assert json.loads((tmp_path / "r" / "result.json").read_text())["metrics"]["eval/images"] == 3
 
 
+@pytest.mark.slow
 def test_nothing_to_convert_is_a_warning_that_says_why(tmp_path):
     done = run(PYTHON, "model.name=tests.launch.nets:group_norm", "launch.nproc=1", "train.steps=1", root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "WARNING: norm=sync converted nothing: the model has GroupNorm ×1" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_of_wandb_is_reported_and_the_run_goes_on_offline(tmp_path):
     done = run(PYTHON, "wandb.mode=online", "launch.nproc=1", "run.name=online", *SHORT, root=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_both_doors_print_what_the_run_came_to_and_leave_everything_as_it_was(trained):
     own, folder = trained
     before = contents(folder.parent)
@@ -44,6 +45,7 @@ def test_both_doors_print_what_the_run_came_to_and_leave_everything_as_it_was(tr
     assert contents(folder.parent) == before
 
 
+@pytest.mark.slow
 def test_other_data_is_told_once_on_any_number_of_ranks(trained):
     _, folder = trained
     done = run(PYTHON, EVALUATE, f"checkpoint={folder}", "data=fake", "data.fake_samples=5", "launch.nproc=3")
@@ -60,6 +62,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.plain("by-the-launcher")
 @pytest.mark.parametrize(("door", "words", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_is_one_line(trained, door, words, said):
     _, folder = trained

@@ -82,6 +82,7 @@ def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_pat
         assert "rank 0" in told
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_told_with_the_mend(tmp_path):
     code, said = finished(PYTHON, *SHORT, "model.name=tests.launch.nets:Greedy", "drift.level=off", root=tmp_path)
     assert code == 2
@@ -94,7 +95,8 @@ def remounted(folder, how):
     subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
 
 
-@pytest.mark.parametrize("fault", ["size=340k", pytest.param("ro", marks=pytest.mark.slow)], ids=["full", "read-only"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["size=340k", "ro"], ids=["full", "read-only"])
 def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
     root = tmp_path / "disk" / "runs"  # what the job says goes beside the disk
     root.mkdir(parents=True)
@@ -130,6 +132,7 @@ def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
         assert [line["step"] for line in figures(root / "r")][-1] == 60
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_anywhere(tmp_path):
     """Into no file of the run, a checkpoint or W&B's own, nor onto the screen."""
     secret = "planted0secret1value"

@@ -33,7 +33,8 @@ def assert_same_run(folder, undisturbed):
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("whom", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
+@pytest.mark.plain("rank")
+@pytest.mark.parametrize("whom", ["rank", "launcher"])
 def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed, tmp_path, whom):
     root = tmp_path / "runs"
     with job(PYTHON, *EVERYTHING, root=root) as killed:
@@ -50,9 +51,8 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
     assert_same_run(root / "r", undisturbed)
 
 
-@pytest.mark.parametrize(
-    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR1", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, name):
     root = tmp_path / "runs"
     with job(PYTHON, *EVERYTHING, root=root) as asked:
@@ -124,6 +124,7 @@ def test_another_runs_checkpoint_may_be_the_start_after_a_restart_too(undisturbe
     assert [line["step"] for line in figures(tmp_path / "runs" / "r")] == [*range(27, 49, 3), 50, 50]
 
 
+@pytest.mark.slow
 def test_changed_data_is_not_gone_on_with(tmp_path):
     data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
     command = [*PYTHON, "data=image_folder", f"data.root={data}", "run.name=r", "wandb.mode=disabled"]

@@ -295,6 +295,7 @@ def without_syncbn(rank, steps, before):
     return stall.texts, known, left
 
 
+@pytest.mark.plain("in-a-step")
 @pytest.mark.parametrize(
     ("steps", "before", "here", "there"),
     [
@@ -353,6 +354,7 @@ def long_pauses(rank, signs):
         return reports, monitor.stall
 
 
+@pytest.mark.plain("uneven")
 @pytest.mark.parametrize("signs", [(0, 0), (2, 5)], ids=["silent", "uneven"])
 def test_a_pause_of_all_ranks_is_no_hang(signs):
     assert run_ranks(long_pauses, 2, signs) == [([], None)] * 2

@@ -196,6 +196,7 @@ def checked_numerically(rank, split, options):
     return torch.autograd.gradcheck(whole, inputs), torch.autograd.gradgradcheck(whole, inputs)
 
 
+@pytest.mark.plain("[3]-{'masked': True}", "[2, 1]-{}", "[3, 0]-{'reduction': 'gather'}", "[1, 1, 1]-{'masked': True}")
 @pytest.mark.parametrize("options", [{}, {"reduction": "gather"}, {"masked": True}], ids=str)
 @pytest.mark.parametrize("split", [[3], [2, 1], [3, 0], [1, 1, 1]], ids=str)
 def test_first_and_second_order_gradients_agree_with_differences(split, options):

@@ -312,6 +312,7 @@ def alone_in(rank, path, together, queue):
 TIMEOUT_S = 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False], ids=["late", "never-came"])
 def test_a_layer_waits_for_its_peers_as_long_as_the_default_group(tmp_path, together):
     """torch's new_group would wait for 30 minutes, whatever init_process_group was told."""

@@ -63,6 +63,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.plain("non-reentrant-None-1", "reentrant-None-2", "reentrant-non-reentrant-1", "non-reentrant-reentrant-2")
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize(("outer", "inner"), KINDS)
 def test_checkpointing_changes_nothing(outer, inner, forwards):

@@ -58,6 +58,7 @@ def test_drift_is_read_at_each_log_step():
     assert all("icc" in figures for figures in readings[-1][1].layers.values())
 
 
+@pytest.mark.plain("sync-image", "local-rank")
 @pytest.mark.parametrize("level", ["rank", "image"])
 @pytest.mark.parametrize("norm", ["sync", "local"])
 def test_measuring_changes_no_bit_of_what_is_learnt(norm, level):

@@ -97,6 +97,7 @@ def run_alone(program, batches, tmp_path):
     return torch.load(scores, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_program_runs_with_torch_alone_on_any_number_of_images(runs, name, tmp_path):
     exported = runs[name]
@@ -141,6 +142,7 @@ def test_what_is_printed_names_every_file(exported, tmp_path, capsys):
     assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in told
 
 
+@pytest.mark.slow
 def test_another_size_can_be_given(exported, tmp_path):
     export.export(exported, tmp_path, size=40)
     assert json.loads((tmp_path / "model.json").read_text())["size"] == [40, 40]

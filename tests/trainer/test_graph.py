@@ -92,6 +92,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.plain("sgd", "adamw-clip-mixup-local")
 @pytest.mark.parametrize("overrides", TRAININGS.values(), ids=TRAININGS)
 def test_captured_is_eager_bit_by_bit(overrides):
     eager = run_ranks(train, 2, overrides, False)

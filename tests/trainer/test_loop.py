@@ -70,6 +70,7 @@ def config(batch_per_rank=8, norm="sync", data=None, **train):
     }
 
 
+@pytest.mark.plain("ema-clip-2")
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("extra", [{}, {"ema": 0.5, "clip_norm": 0.1}], ids=["plain", "ema-clip"])
 def test_many_ranks_learn_what_one_rank_learns(ranks, extra):

@@ -203,6 +203,7 @@ def test_the_heat_maps_of_several_runs_have_one_scale_of_colours(tmp_path):
     assert [svg.count("0.8</text>") for svg in re.findall(r"<svg.*?</svg>", maps, re.S)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_report_is(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "a", "b":

@@ -109,6 +109,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.plain("sgd-everything-5", "fp16-4", "local-7")
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -129,6 +130,7 @@ def test_what_is_gone_on_with_is_what_was_not_interrupted(name, at):
     assert differing(got[0][1], want[0][1]) == []
 
 
+@pytest.mark.slow
 def test_more_than_two_ranks_too():
     """DDP fills its buckets in another order from its second step on, and gloo's ring adds up by place."""
     overrides = settings(data={"batch_per_rank": 2})
@@ -144,6 +146,7 @@ def on_other_ranks(overrides, at, before, after):
     return state[0] + ranks[0][0], ranks[0][1]
 
 
+@pytest.mark.plain("2-1")
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 3)])
 def test_other_ranks_go_on_with_the_same_global_batches(before, after):
     overrides = settings(data={"batch_per_rank": 16 // before, "augment": {"mixup": 0.2}}, level="off", ema=0.5)

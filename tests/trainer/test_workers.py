@@ -83,6 +83,7 @@ def no_rank_is_left():
     started.clear()
 
 
+@pytest.mark.slow
 def test_a_rank_gets_its_batches_after_signals_to_all_of_its_group():
     rank = start()
     workers = workers_of(rank)
