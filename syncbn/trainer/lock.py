@@ -43,13 +43,12 @@ class Holder:
 
 @contextmanager
 def held(folder: Path, longest_s: float) -> Iterator[None]:
-    """Hold the run's lock; its folder is made for it, and removed again if nothing else came into it.
+    """Hold the run's lock; its folder is made for it, and goes with it if nothing else is in it.
 
     longest_s: how long to wait at most, whoever holds it.
 
     Raises UserError if another process holds it for longer than a job takes to end, or nothing can be written there.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     handle = _take(folder, longest_s)
     try:
         yield
@@ -57,8 +56,7 @@ def held(folder: Path, longest_s: float) -> Iterator[None]:
         if handle is not None:
             with suppress(OSError):
                 (folder / NAME).unlink()  # before the lock is given back: it is still ours to remove
-                for path in made:
-                    path.rmdir()
+                folder.rmdir()
             os.close(handle)
 
 
