@@ -98,7 +98,7 @@ def _judged(mine: Mapping[str, Any]) -> str | None:
     hosts = [each["host"] for each in everyone]
     line = difference([each["traits"] for each in everyone], hosts)
     if line:
-        line = f"the ranks differ in {line}: give every node the same packages, code, conf/ and command line"
+        line = f"the ranks differ in {line}: give every node the same packages, code, conf/, command line and devices"
     else:
         line = world.refusals([each["refused"] for each in everyone], hosts)
     store.set(ALIKE, json.dumps(line))

@@ -115,15 +115,17 @@ def _take(folder: Path, longest_s: float) -> int | None:
 
 
 def _opened(folder: Path) -> int:
-    while True:
+    for tries_left in reversed(range(100)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # another job was refused meanwhile, and has taken its folder away
         except OSError as error:
+            # Another job may have taken its folder away meanwhile, as it was refused or had nothing to keep
+            if isinstance(error, FileNotFoundError) and tries_left:
+                continue
             mend = "mend that, or say with run.root= where runs are to lie"
             raise UserError(f"{folder} cannot be written to ({error.strerror}): {mend}") from None
+    raise AssertionError
 
 
 def _is_held(error: OSError) -> bool:

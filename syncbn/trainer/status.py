@@ -80,7 +80,7 @@ def look(folder: Path) -> Seen | None:
         holder = lock.holder(folder)
         state = _state(folder, told, holder)
         # The lock may have been given back in good order since the status was read
-        if state != "died" or told == before:
+        if state != "died" or (told and before and told.updated == before.updated):
             break
     return Seen(folder.parent, folder.name, state, told, (told and told.error) or "") if state else None
 

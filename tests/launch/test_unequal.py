@@ -55,7 +55,7 @@ def test_other_code_and_another_config_are_refused_and_named(tmp_path):
     assert "conf/: norm/sync.yaml (" in line
     assert (
         "the command line: seed=1 on rank 0 of host node0, seed=2 train.ema=0.5 on rank 1 of host node1: "
-        "give every node the same packages, code, conf/ and command line"
+        "give every node the same packages, code, conf/, command line and devices"
     ) in line
     assert "torch:" not in line
     assert not (tmp_path / "runs").exists()
