@@ -70,6 +70,7 @@ class Speed:
     images_per_s = 0.0
 
     def stepped(self, step: int) -> None: ...
+    def evaluating(self, step: int) -> None: ...
     def log(self, step: int, figures: dict[str, float], reading: Any = None) -> None:
         self.images_per_s = figures.get("train/images_per_s", self.images_per_s)
 

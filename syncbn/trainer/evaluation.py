@@ -25,7 +25,12 @@ def needed(config: Config) -> Config:
     config = replace(config, model=replace(config.model, weights=None), train=replace(config.train, cuda_graph=False))
     if config.drift.recalibrate:  # takes training batches, as they were
         return config
-    return replace(config, data=replace(config.data, batch_per_rank=1), train=replace(config.train, accumulate=1))
+    return replace(
+        config,
+        data=replace(config.data, batch_per_rank=1),
+        norm=replace(config.norm, group="world"),
+        train=replace(config.train, accumulate=1),
+    )
 
 
 def take_over(parts: Parts, start: Start, config: Config) -> None:

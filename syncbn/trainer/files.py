@@ -14,20 +14,25 @@ SCRATCH = "syncbn-scratch-"  # begins the name of a folder for temporary files
 
 
 @contextmanager
-def put(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which takes path's place once it is whole and on the disk, and else leaves no trace."""
+def put(path: Path, *, on_disk: bool = True) -> Iterator[BinaryIO]:
+    """A file to be written, which takes path's place once it is whole, and else leaves no trace.
+
+    on_disk: wait until the disk has it, so that it outlives the machine, and not just this process.
+    """
     beside = path.with_name(path.name + BESIDE)
     try:
         with beside.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if on_disk:
+                os.fsync(file.fileno())
         beside.replace(path)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise
-    _sync(path.parent)
+    if on_disk:
+        _sync(path.parent)
 
 
 @contextmanager

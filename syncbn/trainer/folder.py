@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from syncbn.trainer import lock, pulse
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put
 from syncbn.trainer.secrets import redacted
@@ -59,11 +60,13 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.status = self.path / pulse.NAME
+        self.lock = self.path / lock.NAME
 
     def refuse_other(self, config: dict[str, Any]) -> None:
         """Raise if the folder holds a run of another config (unless it may be replaced), or no run at all."""
         self.refuse_elsewhere()
-        if not self.path.exists() or all(entry.name.endswith(BESIDE) for entry in self.path.iterdir()):
+        if not self.path.exists() or all(e == self.lock or e.name.endswith(BESIDE) for e in self.path.iterdir()):
             return
         if not self.config.is_file():
             raise UserError(f"{self.path} exists and is no run (it has no config.yaml): choose another run.name=")
@@ -85,9 +88,9 @@ class RunFolder:
         return self.result.is_file() and self.holds(config)
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the folder anew, with the config in it but for secrets; logs of an attempt at the same run are kept."""
+        """Make the folder anew, with the config in it but for secrets; what attempts at the same run told is kept."""
         self.refuse_elsewhere()
-        stays = [self.config, self.logs] if self.holds(config) else [self.config]
+        stays = [self.config, self.lock, *([self.logs, self.status] if self.holds(config) else [])]
         self.path.mkdir(parents=True, exist_ok=True)
         # First, so that it is a run's folder at every moment
         with put(self.config) as file:

@@ -62,6 +62,7 @@ class Observer(Protocol):
     """Whoever watches a training, on rank 0."""
 
     def stepped(self, step: int) -> None: ...
+    def evaluating(self, step: int) -> None: ...
     def log(self, step: int, figures: dict[str, float], reading: Reading | None = None) -> None: ...
 
 
@@ -209,6 +210,8 @@ def finish_evaluation(
 ) -> None:
     """Evaluate, log and save. Collective. Raises Preempted if stop was asked meanwhile."""
     task = training.task
+    if observer:
+        observer.evaluating(training.step)
     try:
         figures = evaluate_all(
             training.best_model, task, training.data, config, world, stop, recalibrate=training.recalibrate

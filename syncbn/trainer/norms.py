@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +16,31 @@ from syncbn.trainer.errors import UserError
 @dataclass
 class NormConfig:
     name: str = "sync"  # sync: over all ranks (ours); local: each rank's own; torch: torch.nn.SyncBatchNorm, GPUs only
+    group: int | str = "world"  # ranks that form one batch: world, node, or so many consecutive ones; for norm=sync
     fuse: bool = False  # the layers also do the ReLU after them and the addition between; for norm=sync
 
     def __post_init__(self) -> None:
         if self.name not in NORMS:
             raise UserError(f"norm={self.name}: choose one of {', '.join(NORMS)}")
+        if self.group not in ("world", "node") and not (isinstance(self.group, int) and self.group >= 1):
+            raise UserError(f"norm.group={self.group}: give world, node, or a number of ranks, 1 or more")
+        if self.group != "world" and self.name != "sync":
+            raise UserError(
+                f"norm.group={self.group} with norm={self.name}: only norm=sync has groups; take it, or no norm.group="
+            )
         if self.fuse and self.name != "sync":
             raise UserError(f"norm.fuse=true with norm={self.name}: only norm=sync fuses; take it, or norm.fuse=false")
+
+
+def refuse_misfit(config: NormConfig, ranks: int) -> None:
+    """Raise UserError if so many ranks cannot be divided into the groups that the config asks for."""
+    if isinstance(config.group, int) and ranks % config.group:
+        fit = ", ".join(str(group) for group in range(1, ranks + 1) if ranks % group == 0)
+        raise UserError(
+            f"norm.group={config.group} does not divide the {ranks} ranks of this job: give it as many ranks as make "
+            f"whole groups, or norm.group= one of {fit}, world, node",
+            on_every_rank=True,
+        )
 
 
 def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple[nn.Module, int]:
@@ -52,12 +71,19 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 def synchronised(model: nn.Module) -> bool:
     """Whether every batch norm of the model has the same buffers on every rank by construction."""
-    return all(isinstance(m, syncbn.SyncBatchNorm | nn.SyncBatchNorm) for m in batch_norms(model))
+    return all(_of_all_ranks(layer) for layer in batch_norms(model))
+
+
+def _of_all_ranks(layer: nn.Module) -> bool:
+    if isinstance(layer, syncbn.SyncBatchNorm):
+        return layer.group == "world"
+    return isinstance(layer, nn.SyncBatchNorm)
 
 
 def _sync(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:
     # That nothing was found is said once, by rank 0's Watch
-    return syncbn.convert(model, fuse=config.fuse, report=lambda _: None)
+    group: Any = config.group
+    return syncbn.convert(model, group=group, fuse=config.fuse, report=lambda _: None)
 
 
 def _local(model: nn.Module, config: NormConfig, device: torch.device) -> nn.Module:

@@ -4,14 +4,17 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.trainer import data, drift, evaluation, graph, models, norms, optim, resume, tasks, world
+from syncbn.trainer import data, drift, evaluation, graph, lock, models, norms, optim, resume, tasks, world
+from syncbn.trainer.agree import alike, refuse_other_data
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError
@@ -47,27 +50,42 @@ def run(config: Config, ranks: World) -> int:
 def evaluate(config: Config, ranks: World) -> int:
     """Evaluate a checkpoint and show its figures: the exit code. Collective."""
     log_to(None, warn=ranks.rank == 0)
+    needed = evaluation.needed(config)
+    norms.refuse_misfit(needed.norm, ranks.size)
     start = resume.find_at(Path(config.checkpoint.resume), ranks)
     with ranks.together():
-        parts = build(evaluation.needed(config), ranks, start if config.drift.recalibrate else None)
+        parts = build(needed, ranks, start if config.drift.recalibrate else None)
         evaluation.take_over(parts, start, config)
+    refuse_other_data(parts.data, ranks)
     evaluation.show(parts, start, config, ranks)
     return ranks.from_rank_0(0)
 
 
 def train_on(config: Config, ranks: World) -> int:
     """Train as the config says, from where the run was left: the exit code. Collective."""
+    norms.refuse_misfit(config.norm, ranks.size)
     stop = Stop(ranks)
     stop.listen()
     folder, settings = RunFolder(config.run), as_dict(config)
-    with ranks.together():
-        if ranks.rank == 0:
-            folder.refuse_other(settings)
+    with ExitStack() as until_left:
+        with ranks.together():
+            if ranks.rank == 0:
+                folder.refuse_other(settings)  # before anything is written there
+                until_left.enter_context(lock.held(folder.path, longest_s=ranks.timeout_s / 2))
+                folder.refuse_other(settings)
+        code = train_in(folder, settings, config, ranks, stop)
+    # Rank 0 has a report to write, and W&B to wait for
+    return int(world.word_of_rank_0(str(code), patience_s=600) or FAILED)
+
+
+def train_in(folder: RunFolder, settings: dict[str, Any], config: Config, ranks: World, stop: Stop) -> int:
+    """Train in a folder that is this job's own: the exit code, which rank 0's is. Collective."""
     start = resume.find(config.checkpoint.resume, folder, settings, ranks)
     with ranks.together():
         parts = build(config, ranks, start)
         if start:
             start.refuse_changed(parts.data)
+    refuse_other_data(parts.data, ranks)
     training = assemble(parts, config, ranks)
     with ranks.together():
         if ranks.rank == 0:
@@ -80,9 +98,7 @@ def train_on(config: Config, ranks: World) -> int:
         with ranks.together():
             start.take_up(training, ranks, seed=config.seed)
     watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
-    code = train(training, config, ranks, watch, stop)
-    # Rank 0 has a report to write, and W&B to wait for
-    return int(world.word_of_rank_0(str(code), patience_s=600) or FAILED)
+    return train(training, config, ranks, watch, stop)
 
 
 def train(training: Training, config: Config, ranks: World, watch: Watch | None, stop: Stop) -> int:
@@ -95,16 +111,17 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
             watch.preempted(training.step)
         return PREEMPTED
     except BaseException as error:
+        told = explained(error, training, config, ranks.rank)
         if watch:
-            watch.give_up()
-        raise explained(error, training, config, ranks.rank) from error
+            watch.give_up(told)
+        raise told from error
     finally:
         if training.desync:
             training.desync.close()
     if watch:
         watch.finish(training.figures)
     if watch and watch.missing:
-        print(watch.incomplete(), file=sys.stderr, flush=True)
+        print(f"error: {watch.incomplete()}", file=sys.stderr, flush=True)
         return INCOMPLETE
     return 0
 
@@ -177,7 +194,7 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None) -> i
     """
     world.end_with_launcher(launcher)
     try:
-        config = find_config()
+        config = alike(find_config)
         code = run(config, world.join(config.launch, world.meet()))
     except UserError as error:
         if world.rank() == 0 or not error.on_every_rank:

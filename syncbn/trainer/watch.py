@@ -12,14 +12,15 @@ from torch import nn
 
 from syncbn import Reading
 from syncbn.trainer import data, drift, norms, plots, report, tasks
-from syncbn.trainer.checkpoint import Checkpoints
+from syncbn.trainer.checkpoint import Checkpoints, pointed
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.console import Screen, shown
 from syncbn.trainer.drift import Story
-from syncbn.trainer.errors import PREEMPTED
+from syncbn.trainer.errors import PREEMPTED, one_line
 from syncbn.trainer.files import put
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.metrics import Record
+from syncbn.trainer.pulse import Pulse
 from syncbn.trainer.runs import read
 from syncbn.trainer.secrets import redacted
 from syncbn.trainer.tracking import Tracker, WandbConfig
@@ -81,10 +82,17 @@ class Watch:
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
         self.missing: list[str] = []
+        self.pulse = Pulse(folder.status, step=training.step, steps=steps, epoch=training.epoch, world_size=ranks.size)
+        self._now("starting")
         self.screen.start()
 
     def stepped(self, step: int) -> None:
         self.screen.stepped(step)
+        if self.pulse.status.state != "training":
+            self._now("training", step=step)
+
+    def evaluating(self, step: int) -> None:
+        self._now("evaluating", step=step)
 
     def log(self, step: int, figures: dict[str, float], reading: Reading | None = None) -> None:
         told: dict[str, Any] = {}
@@ -97,6 +105,12 @@ class Watch:
         self.record.log(step, {**figures, **told})
         self.tracker.log(step, figures)
         self.screen.log(step, figures)
+        news = {"images_per_s": "train/images_per_s", "objective": self.objective}
+        news = {name: figures[key] for name, key in news.items() if key in figures}
+        self._now("training", step=step, epoch=figures["epoch"], **news)
+
+    def _now(self, state: str, **figures: Any) -> None:
+        self.pulse.tell(state, pointed(self.folder.checkpoints / "latest"), **figures)
 
     def _tell(self, step: int, reading: Reading) -> None:
         for verdict in self.story.add(step, reading):
@@ -112,9 +126,10 @@ class Watch:
         }
         self.checkpoints.save(step, {**state, "config": redacted(as_dict(self.config)), "watch": mine}, best=best)
 
-    def give_up(self) -> None:
+    def give_up(self, error: BaseException) -> None:
         """Close all files after an error."""
         self._close_files()
+        self._now("failed", error=one_line(str(error) or type(error).__name__))
         self.screen.stop()
         self._report()
         self.tracker.finish(exit_code=1)
@@ -122,6 +137,7 @@ class Watch:
     def preempted(self, step: int) -> None:
         """Leave the run so that another process can go on with it."""
         self._close_files()
+        self._now("preempted", step=step)
         self.screen.stop()
         self.tracker.finish(exit_code=PREEMPTED)
         lost = f"; {', '.join(self.missing)} could not be written" if self.missing else ""
@@ -144,6 +160,10 @@ class Watch:
         self._close_files()
         with self._or_missing(self.folder.result), put(self.folder.result) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
+        if self.missing:
+            self._now("failed", error=self.incomplete())
+        else:
+            self._now("finished")
         self._report()
         self.tracker.finish()
         self.screen.stop()
@@ -162,7 +182,7 @@ class Watch:
     def incomplete(self) -> str:
         """What to tell of a run that came to its end, but is missing something."""
         return (
-            f"error: {self.folder.path} was trained to the end, but lacks what could not be written "
+            f"{self.folder.path} was trained to the end, but lacks what could not be written "
             f"({'; '.join(self.missing)}): make room for it and give the same command again, which goes on from the "
             "last checkpoint"
         )

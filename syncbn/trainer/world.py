@@ -3,8 +3,9 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from syncbn.trainer.errors import FAILED, UserError
 LONGEST_S = 7 * 24 * 3600
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
 HEARING_S = 30  # how long rank 0 waits for the others to hear it
+MOST_HOSTS = 3  # told by name in one line
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
 
@@ -66,6 +68,12 @@ class World:
         dist.gather_object(value, values)
         return values or []
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Each rank's value, on every rank. Collective."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value, on every rank. Collective."""
         values = [value]
@@ -94,14 +102,45 @@ class World:
             yield
         except Exception as caught:
             error = caught
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, error and f"{error}")
+        said = self.everyone((error and f"{error}", socket.gethostname()))
         if error is not None and not isinstance(error, UserError):
             raise error
-        failed = {text: rank for rank, text in reversed(list(enumerate(said))) if text is not None}
-        if failed:
-            where = "" if None not in said else f" (on rank {min(failed.values())})"
-            raise UserError("; ".join(sorted(failed, key=lambda text: failed[text])) + where, on_every_rank=True)
+        if line := refusals(*zip(*said, strict=True)):
+            raise UserError(line, on_every_rank=True)
+
+
+def refusals(texts: Sequence[str | None], hosts: Sequence[str]) -> str | None:
+    """What the ranks refuse, each with who does unless all do; None if none does. texts, hosts: [W]."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        if text is not None:
+            ranks.setdefault(text, []).append(rank)
+    whole = [len(texts)]
+    return (
+        "; ".join(
+            text if [len(those)] == whole else f"{text} (on {places(those, hosts)})" for text, those in ranks.items()
+        )
+        or None
+    )
+
+
+def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks in words, with their hosts if there are several of those: "ranks 2, 3 of host b". hosts: [W]."""
+    of_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        of_host.setdefault(hosts[rank] if len(set(hosts)) > 1 else "", []).append(rank)
+    told = [_ranks(those) + (f" of host {host}" if host else "") for host, those in of_host.items()]
+    return ", ".join(told[:MOST_HOSTS]) + (
+        f" and {len(told) - MOST_HOSTS} more hosts" if len(told) > MOST_HOSTS else ""
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"
 
 
 def choose_device(config: LaunchConfig) -> torch.device:
@@ -178,6 +217,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def size() -> int:
+    """The number of ranks, before any process group exists; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def restarts() -> int:
     """How often the launcher has started the ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -210,26 +254,21 @@ def meet() -> Store:
 def join(config: LaunchConfig, store: Store) -> World:
     """Make the default process group over the store: NCCL if the ranks are on GPUs, else gloo. Collective."""
     device = choose_device(config)
-    try:
-        check_gpus(config, local_size())
-    except UserError as error:
-        raise UserError(str(error), on_every_rank=True) from None
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads(local_size()))
         schedule_as_batch()
-    size = int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank(),
-        world_size=size,
+        world_size=size(),
         device_id=device if device.type == "cuda" else None,
         timeout=timedelta(seconds=config.timeout_s),
     )
-    return World(rank(), size, device, config.timeout_s)
+    return World(rank(), size(), device, config.timeout_s)
 
 
 def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
@@ -237,18 +276,18 @@ def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
 
     Every rank calls it: none then ends before rank 0 is done, as a launcher ends all ranks as soon as one has ended.
     """
-    store, size = meet(), int(os.environ["WORLD_SIZE"])
+    store = meet()
     if rank() == 0:
         with suppress(RuntimeError):
             store.set(WORD, word)
             # It may be this process that hosts the store
-            if size > 1:
+            if size() > 1:
                 store.wait([f"{WORD}/heard"], timedelta(seconds=HEARING_S))
         return word
     with suppress(RuntimeError):
         store.wait([WORD], timedelta(seconds=patience_s))
         word = store.get(WORD).decode()
-        if store.add(f"{WORD}/hearers", 1) == size - 1:
+        if store.add(f"{WORD}/hearers", 1) == size() - 1:
             store.set(f"{WORD}/heard", "")
         return word
     return None

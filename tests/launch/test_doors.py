@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from syncbn.trainer import pulse
 from syncbn.trainer.models.residual import SmallResNet
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
@@ -60,7 +61,7 @@ def test_python_train_leaves_one_whole_folder(trained):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "report.html", "logs",
+        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "report.html", "logs", "status.json",
     }  # fmt: skip
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
     assert {p.name for p in (folder / "logs").iterdir()} == {"rank0.log", "rank1.log"}
@@ -68,6 +69,17 @@ def test_python_train_leaves_one_whole_folder(trained):
     assert result["objective"] == result["metrics"]["eval/accuracy"]
     assert result["metrics"].keys() >= {"eval/accuracy", "eval/loss"}
     assert result["metrics"]["eval/images"] == 360
+
+
+def test_its_status_tells_what_became_of_it(trained):
+    _, folder = trained
+    told = pulse.read(folder / "status.json")
+    result = json.loads((folder / "result.json").read_text())
+    assert (told.state, told.step, told.steps, told.restarts, told.world_size) == ("finished", 6, 6, 0, 2)
+    assert (told.checkpoint, told.checkpoint_step, told.error) == ("step_000000006.pt", 6, None)
+    assert told.objective == result["objective"]
+    assert told.images_per_s > 0
+    assert pulse.when(told.started) < pulse.when(told.updated)
 
 
 def test_metrics_are_written_down_with_their_units(trained):

@@ -30,6 +30,8 @@ class Log:
 
     def stepped(self, step): ...
 
+    def evaluating(self, step): ...
+
     def log(self, step, figures, reading=None):
         self.losses |= {(step, name): value for name, value in figures.items() if name.endswith("/loss")}
 

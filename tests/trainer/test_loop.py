@@ -41,6 +41,9 @@ class Log:
     def stepped(self, step):
         pass
 
+    def evaluating(self, step):
+        pass
+
     def log(self, step, figures, reading=None):
         self.lines.append((step, {**figures, **drift.flat(reading.layers)} if reading else figures))
 

@@ -34,6 +34,33 @@ def test_fusing_converts_as_many_and_computes_the_same():
     torch.testing.assert_close(fused(x), plain(x))
 
 
+@pytest.mark.parametrize(("group", "everywhere_the_same"), [("world", True), ("node", False), (2, False)])
+def test_layers_of_a_group_are_the_same_on_its_ranks_alone(group, everywhere_the_same):
+    model, converted = norms.convert(torchvision.models.resnet18(), NormConfig("sync", group), CPU)
+    assert converted == 20
+    assert {m.group for m in norms.batch_norms(model)} == {group}
+    assert norms.synchronised(model) is everywhere_the_same
+
+
+@pytest.mark.parametrize(
+    ("group", "ranks", "fits"),
+    [("world", 3, True), ("node", 3, True), (1, 3, True), (3, 3, True), (2, 3, False), (4, 2, False)],
+)
+def test_a_group_must_divide_the_ranks(group, ranks, fits):
+    if fits:
+        norms.refuse_misfit(NormConfig("sync", group), ranks)
+    else:
+        with pytest.raises(UserError, match=rf"norm.group={group} does not divide the {ranks} ranks") as refused:
+            norms.refuse_misfit(NormConfig("sync", group), ranks)
+        assert refused.value.on_every_rank
+
+
+@pytest.mark.parametrize("name", ["local", "torch"])
+def test_only_sync_has_groups(name):
+    with pytest.raises(UserError, match=f"norm.group=2 with norm={name}: only norm=sync has groups"):
+        NormConfig(name, 2)
+
+
 @pytest.mark.parametrize("name", ["local", "torch"])
 def test_only_sync_fuses(name):
     with pytest.raises(UserError, match=f"norm.fuse=true with norm={name}: only norm=sync fuses"):

@@ -1,0 +1,163 @@
+"""A run's lock, between real processes: one holds it, and it goes with that one, however it ends."""
+
+import os
+import signal
+import socket
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from syncbn.trainer import lock
+from syncbn.trainer.errors import UserError
+
+
+@contextmanager
+def another(job):
+    """Another process that does job(told), and is killed at the end; what it tells is what is yielded with its pid."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job(lambda text: os.write(theirs, f"{text}\n".encode()))
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    try:
+        with os.fdopen(ours) as told:
+            yield pid, told.readline
+    finally:
+        kill(pid)
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def holding(folder, for_s=60.0):
+    def job(tell):
+        with lock.held(folder, longest_s=0):
+            tell("held")
+            time.sleep(for_s)
+
+    return another(job)
+
+
+def test_another_is_refused_and_told_who_holds_it(tmp_path):
+    with holding(tmp_path / "r") as (pid, told):
+        told()
+        held = lock.holder(tmp_path / "r")
+        assert (held.host, held.pid) == (socket.gethostname(), pid)
+        began = time.monotonic()
+        with pytest.raises(UserError) as refused, lock.held(tmp_path / "r", longest_s=0.5):
+            pass
+        assert 0.5 <= time.monotonic() - began < 5
+    assert str(refused.value) == (
+        f"{tmp_path}/r is in use by a job on host {held.host}, pid {pid}, since {held.since}: one job at a time writes "
+        "to a run; let that one end, or choose another run.name="
+    )
+
+
+def test_a_killed_process_leaves_nothing_locked(tmp_path):
+    with holding(tmp_path / "r") as (pid, told):
+        told()
+        kill(pid)
+        assert (tmp_path / "r" / lock.NAME).exists()
+        assert lock.holder(tmp_path / "r") is None
+        with lock.held(tmp_path / "r", longest_s=0):
+            pass
+
+
+def test_what_the_holder_has_forked_does_not_hold_it_after_its_death(tmp_path):
+    def job(tell):
+        with lock.held(tmp_path / "r", longest_s=0):
+            if (child := os.fork()) == 0:
+                time.sleep(60)
+                os._exit(0)
+            tell(child)
+            time.sleep(60)
+
+    with another(job) as (pid, told):
+        orphan = int(told())
+        kill(pid)
+        try:
+            with lock.held(tmp_path / "r", longest_s=0):
+                os.kill(orphan, 0)  # it lives
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+
+
+def test_the_holders_children_may_end_and_look_and_it_holds_on(tmp_path):
+    def job(tell):
+        with lock.held(tmp_path / "r", longest_s=0):
+            if (child := os.fork()) == 0:
+                os.closerange(3, 100)
+                os._exit(0)
+            os.waitpid(child, 0)
+            tell("ended")
+            time.sleep(60)
+
+    with another(job) as (pid, told):
+        told()
+        assert lock.holder(tmp_path / "r").pid == pid
+        with pytest.raises(UserError), lock.held(tmp_path / "r", longest_s=0):
+            pass
+
+
+def test_it_is_waited_for_and_had_when_the_other_ends(tmp_path, capsys):
+    with holding(tmp_path / "r", for_s=1.5) as (pid, told):
+        told()
+        with lock.held(tmp_path / "r", longest_s=30):
+            assert (tmp_path / "r" / lock.NAME).exists()  # its own: the other has removed the one that it had
+            with another(lambda tell: tell(lock.holder(tmp_path / "r").pid)) as (_, seen):
+                assert int(seen()) == os.getpid()
+    assert f"r is in use by a job on host {socket.gethostname()}, pid {pid}" in capsys.readouterr().err
+
+
+def test_many_that_come_and_go_have_it_one_at_a_time(tmp_path):
+    """Each removes the file as it leaves, and the next to come may hold the one that is no longer there."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    def job(tell):
+        for _ in range(15):
+            with lock.held(tmp_path / "r", longest_s=60):
+                number = int(counter.read_text())
+                time.sleep(0.002)
+                counter.write_text(str(number + 1))
+        tell("done")
+
+    with another(job) as first, another(job) as second, another(job) as third:
+        assert [told() for _, told in (first, second, third)] == ["done\n"] * 3
+    assert counter.read_text() == "45"
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_stays_if_it_has_something_in_it(tmp_path):
+    with lock.held(tmp_path / "a", longest_s=0):
+        pass
+    assert not (tmp_path / "a").exists()
+    with lock.held(tmp_path / "b", longest_s=0):
+        (tmp_path / "b" / "config.yaml").touch()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
+
+
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot be written to \(Not a directory\)"),
+        lock.held(tmp_path / "file" / "r", 0),
+    ):
+        pass
+
+
+def test_a_run_that_nobody_holds_has_no_holder(tmp_path):
+    assert lock.holder(tmp_path / "nowhere") is None
+    (tmp_path / lock.NAME).write_text("garbage")
+    assert lock.holder(tmp_path) is None
+    with lock.held(tmp_path, longest_s=0):
+        pass
