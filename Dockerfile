@@ -30,7 +30,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt --constraint constraints.txt
 
 FROM base
-ARG VERSION=0.1.0 REVISION=unknown
+ARG VERSION=unknown REVISION=unknown
 LABEL org.opencontainers.image.title="syncbn" \
       org.opencontainers.image.description="Distributed training with synchronised batch norm" \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -38,7 +38,7 @@ LABEL org.opencontainers.image.title="syncbn" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=packages /venv /venv
 # A home that anyone may write to: docker run --user $(id -u) has no entry in /etc/passwd
-RUN useradd --uid 1000 --create-home syncbn && chmod 1777 /home/syncbn && \
+RUN useradd --non-unique --uid 1000 --create-home syncbn && chmod 1777 /home/syncbn && \
     install -d -o syncbn -g syncbn /app /app/runs /app/data
 ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 \
     HOME=/home/syncbn USER=syncbn \

@@ -46,7 +46,10 @@ def started(engine, image, tmp_path_factory):
 def test_it_is_healthy_while_figures_come(engine, started, words, code):
     name, _ = started
     checked = engine.run("docker", "exec", *(f"--env={word}" for word in words), name, "launch/healthy.sh")
-    assert (checked.returncode, checked.stdout) == (code, "runs/r: no figure for 0 minutes\n" if code else "runs/r\n")
+    assert (checked.returncode, checked.stdout) == (
+        code,
+        "/app/runs/r: no figure for 0 minutes\n" if code else "/app/runs/r\n",
+    )
 
 
 def test_its_first_process_reaps_and_no_process_is_roots(engine, started):
