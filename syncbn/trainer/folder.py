@@ -1,5 +1,6 @@
 """One run, one folder: its name, who may write to it, and where things lie in it."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,19 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is a link to {self.path.readlink()}: choose another run.name=, or run.root= as its place"
             )
+
+    def refuse_unwritable(self) -> None:
+        """Raise if this process may not write there: in a container, most often, a mount that belongs to another."""
+        place = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if os.access(place, os.W_OK | os.X_OK):
+            return
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            raise UserError(f"{place.absolute()} is read-only: mount it for writing, or give another run.root=")
+        owner, user = place.stat().st_uid, os.geteuid()
+        raise UserError(
+            f"{place.absolute()} belongs to user {owner}, and user {user} may not write there: chown {user} it, "
+            f"run as its owner (docker run --user {owner}), or give another run.root="
+        )
 
 
 def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[str]) -> str:

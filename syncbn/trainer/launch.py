@@ -86,6 +86,7 @@ def one_run(composed: DictConfig) -> float:
     if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
         print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
         return objective(folder)
+    folder.refuse_unwritable()
     on_its_ranks(config)
     return objective(folder)
 
