@@ -1,12 +1,14 @@
-#!/bin/sh
-# The line that every carrier ends in: torchrun's agent on this node, for its ranks of `train.py "$@"`.
-# torchrun takes each of its options from the environment too: PET_NNODES for --nnodes, PET_NPROC_PER_NODE,
-# PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID, PET_RDZV_CONF, PET_LOCAL_ADDR, PET_MAX_RESTARTS, ...
-set -eu
+#!/usr/bin/env bash
+# One node's share of a job, the line that every carrier ends in: launch/torchrun.sh [KEY=VALUE ...]
+# How many nodes there are and where they meet is told by PET_... variables, torchrun's own for each of its options
+# (PET_NNODES for --nnodes, PET_RDZV_ENDPOINT, PET_LOCAL_ADDR, ...); without any, this machine is the whole job.
+set -euo pipefail
 cd "$(dirname "$0")/.."
-# torch 2.15 loses the ranks' store in a restart without it
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+if [ -d .venv ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # torch 2.15 loses the ranks' store in a restart otherwise
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}" # seconds to save in; torch's own 30 are few
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
-# Seconds that ranks have to save when they are asked to end; torch's 30 are few for a large model
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+export PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
+
 exec torchrun train.py "$@"
