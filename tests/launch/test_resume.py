@@ -51,7 +51,7 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR1", marks=pytest.mark.slow)]
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1", "SIGUSR2"))]
 )
 def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, name):
     root = tmp_path / "runs"
