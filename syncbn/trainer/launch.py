@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import world
+from syncbn.trainer import stop, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
 from syncbn.trainer.files import scratch
@@ -28,6 +28,7 @@ from syncbn.trainer.secrets import redacted
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
 CHECKPOINT = re.compile(r"^checkpoint=(?!\{)")  # on the command line: short for what is asked for most in its section
+SIGNALS = (*stop.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # exit codes of ranks that another try would not change, or should not
 
 
@@ -38,9 +39,16 @@ class RanksFailed(RuntimeError):
         super().__init__(text)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.exit_code)
+
 
 class Ended(RanksFailed):
     """A signal to this process has ended the ranks, as was asked for: another try would go against it."""
+
+
+class PointFailed(RanksFailed):
+    """The ranks of a point of a sweep ended in an error, and may have said why on another machine."""
 
 
 def enter(job: Callable[[], Any]) -> None:
@@ -69,11 +77,23 @@ def enter(job: Callable[[], Any]) -> None:
 def run_job(composed: DictConfig) -> float | None:
     """The body of the script's @hydra.main function: one run; its objective, for a sweeper."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return one_run(composed)  # a sweep has its own ways with an error
+        return one_point(composed)
     objective: list[float] = []
     if code := in_one_line(lambda: objective.append(one_run(composed))):
         sys.exit(code)
     return objective[0]
+
+
+def one_point(composed: DictConfig) -> float:
+    """One run of a sweep, which has its own ways with an error, wherever the sweep's launcher has it run."""
+    try:
+        return one_run(composed)
+    except RanksFailed as failed:
+        hydra = HydraConfig.get()
+        end = "was asked to end, and saved" if failed.exit_code == PREEMPTED else f"failed, {failed}"
+        folder = OmegaConf.select(hydra.launcher, "submitit_folder")
+        where = f" (what it said is in {folder.replace('%j', hydra.job.id)})" if folder else ""
+        raise PointFailed(f"the run of {' '.join(hydra.overrides.task)} {end}{where}", failed.exit_code) from None
 
 
 def one_run(composed: DictConfig) -> float:
@@ -160,7 +180,7 @@ def start_ranks(config: Config) -> None:
             rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1",
             max_restarts=0,
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            signals_to_handle=",".join(number.name for number in signals_to_pass_on()),
             logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         )
         try:
@@ -174,6 +194,15 @@ def start_ranks(config: Config) -> None:
             code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
             if code != 0:  # else they had come to the end of the run already
                 raise Ended(f"ended by {signalled.sigval.name}", code) from None
+
+
+def signals_to_pass_on() -> list[signal.Signals]:
+    """The signals that the ranks are to have from this process, but for those that whoever runs it answers or ignores.
+
+    submitit answers some to queue a job again (and Slurm sends them to the job's ranks, too); nohup ignores SIGHUP.
+    """
+    own = (signal.SIG_DFL, signal.default_int_handler)
+    return [number for number in SIGNALS if signal.getsignal(number) in own]
 
 
 def to_blame(exit_codes: dict[int, int]) -> tuple[int, int]:
@@ -203,7 +232,7 @@ def in_one_line(job: Callable[[], Any]) -> int:
         print(redacted(f"error: {text}"), file=sys.stderr, flush=True)
         return USER_ERROR
     except RanksFailed as error:
-        if error.exit_code not in FINAL:
+        if error.exit_code not in FINAL or isinstance(error, PointFailed):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from syncbn.trainer.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(Exception):
@@ -31,7 +31,7 @@ class Stop:
         self.asking: tuple[Any, Tensor] | None = None
 
     def listen(self) -> None:
-        """From here on SIGTERM, SIGINT and SIGUSR1 ask for an end instead of being one."""
+        """From here on SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for an end instead of being one."""
         for number in SIGNALS:
             signal.signal(number, self._hear)
 

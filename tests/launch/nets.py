@@ -88,3 +88,16 @@ class Greedy(nn.Module):
         if self.calls == 3 and os.environ["RANK"] == "1":
             torch.empty(2**50)
         return self.fc(x.flatten(1))
+
+
+class Held(nn.Module):
+    """A small network whose steps take their time while a file is there: SYNCBN_TEST_HOLD names it."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net, self.hold = SmallResNet(8, num_classes), Path(os.environ["SYNCBN_TEST_HOLD"])
+
+    def forward(self, x):
+        if self.training and self.hold.exists():
+            time.sleep(0.3)
+        return self.net(x)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from syncbn.trainer import pulse
+from syncbn.trainer.launch import Ended, PointFailed, RanksFailed
 from syncbn.trainer.models.residual import SmallResNet
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
@@ -212,6 +214,24 @@ def test_a_sweep_leaves_a_folder_per_point(tmp_path):
     assert done.returncode == 0, done.stderr
     results = sorted(path.parent.name for path in tmp_path.rglob("result.json"))
     assert results == [f"digits-resnet8-sync-b4-train.steps_6-seed{seed}" for seed in (0, 1)]
+
+
+@pytest.mark.slow
+def test_a_sweep_names_the_point_that_failed_and_does_the_others(tmp_path):
+    done = run(
+        PYTHON, "-m", "model.name=resnet21,resnet8", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path
+    )
+    assert done.returncode == 2
+    first, last = errors(done)
+    assert "resnet21: no such model" in first
+    assert re.match(r"error: the run of model.name=resnet21 .* failed, rank 0 failed with exit code 2$", last)
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+
+
+@pytest.mark.parametrize("kind", [RanksFailed, Ended, PointFailed])
+def test_how_ranks_ended_survives_the_way_back_from_another_machine(kind):
+    back = pickle.loads(pickle.dumps(kind("rank 1 failed with exit code 3", 3)))
+    assert (type(back), str(back), back.exit_code) == (kind, "rank 1 failed with exit code 3", 3)
 
 
 def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):

@@ -52,7 +52,7 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, name):
     root = tmp_path / "runs"
     with job(PYTHON, *EVERYTHING, root=root) as asked:

@@ -18,7 +18,7 @@ from syncbn.trainer.data import DataConfig
 from syncbn.trainer.world import World
 
 heard = []
-for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1:
+for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2:
     signal.signal(number, lambda number, _: heard.append(number))
 built = data.build(DataConfig(workers=2), World(0, 1, torch.device("cpu")), seed=0)
 print("ready", flush=True)
@@ -88,7 +88,7 @@ def test_a_rank_gets_its_batches_after_signals_to_all_of_its_group():
     rank = start()
     workers = workers_of(rank)
     assert len(workers) == 2
-    for number in signal.SIGINT, signal.SIGUSR1, signal.SIGTERM:
+    for number in signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM:
         os.killpg(rank.pid, number)
     said, _ = rank.communicate(timeout=60)
     assert said.split()[1:] == ["102", "4"]  # 2 of eval and 100 of training; 2 workers for each

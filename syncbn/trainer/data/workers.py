@@ -12,7 +12,8 @@ from threading import Thread
 
 from syncbn.trainer import world
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what launchers and schedulers end or warn a job with
+# What launchers and schedulers end or warn a job with
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LONGEST = 107 - len("/pymp-12345678/listener-12345678")  # what unix(7) has for a path, without multiprocessing's part
 
