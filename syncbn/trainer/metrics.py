@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ class Record:
         self.warned = False
 
     def state_dict(self) -> dict[str, Any]:
+        """Where it stands, once the disk has all that was written: a checkpoint is never ahead of it."""
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
         written = os.fstat(self.file.fileno()).st_size
         return {"written": written, "unwritten": self.unwritten.decode(), "time_s": self.time_s}
 

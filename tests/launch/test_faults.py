@@ -7,11 +7,11 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.launch.jobs import PYTHON, differing, figures, finished, job, state
-from tests.trainer.test_checkpoint import small_disk
 
 SHORT = ["run.name=r", "launch.nproc=2", "train.steps=20", "train.log_every=4", "train.eval_every=15"]
 SHORT += ["checkpoint.every=4", "wandb.mode=disabled"]
@@ -64,11 +64,13 @@ def test_without_restarts_the_job_says_who_died(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_path, rank):
-    hanging = [*SHORT, "train.steps=60", "launch.timeout_s=16", "launch.max_restarts=1"]
-    with job(PYTHON, *hanging, root=tmp_path) as hung:
-        hung.until_saved(8)
+    hanging = [*SHORT, "model.name=tests.launch.nets:Held", "launch.timeout_s=16", "launch.max_restarts=1"]
+    (hold := tmp_path / "hold").touch()
+    with job(PYTHON, *hanging, root=tmp_path / "runs", SYNCBN_TEST_HOLD=str(hold)) as hung:
+        hung.until_saved(12)  # by then it has told of its messages, which it does every 2 s
         began = time.monotonic()
         os.kill(hung.ranks[rank], signal.SIGSTOP)
+        hold.unlink()
         hung.until(lambda: " lost another: " in hung.said)
         assert time.monotonic() - began < 16 + 20  # some seconds of a loaded machine
         hung.until(lambda: "restart 1 of 1" in hung.said)  # torch gives a stopped rank 30 s before it kills it
@@ -91,26 +93,53 @@ def test_out_of_memory_is_told_with_the_mend(tmp_path):
     assert "Traceback" not in said
 
 
-def remounted(folder, how):
-    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+class Disk:
+    """A disk of its own at a folder. Only root may have one."""
+
+    def __init__(self, folder):
+        self.folder, self.image = folder, folder.with_name("disk.img")
+        with self.image.open("wb") as image:
+            image.truncate(60_000_000)
+        subprocess.run(["mkfs.ext4", "-q", self.image], check=True)
+        self.mount()
+
+    def mount(self):
+        how = ["mount", "-o", "loop,errors=remount-ro", self.image, self.folder]
+        if subprocess.run(how, check=False).returncode:
+            pytest.skip("this user may not mount a file system")
+
+    def fill(self):
+        with suppress(OSError), (self.folder / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(100_000))
+                filler.flush()
+
+    def fail(self):
+        """Have the kernel find an error on it: nothing can be written from here on, to open files neither."""
+        which = ["findmnt", "--noheadings", "--output=SOURCE", self.folder]
+        device = Path(subprocess.run(which, check=True, capture_output=True, text=True).stdout.strip()).name
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("a test")
+
+    def mend(self):
+        self.umount()
+        self.mount()
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def umount(self):
+        subprocess.run(["umount", "-l", self.folder], check=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["size=340k", "ro"], ids=["full", "read-only"])
+@pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
     root = tmp_path / "disk" / "runs"  # what the job says goes beside the disk
     root.mkdir(parents=True)
-    with small_disk(root, 50_000_000):
+    disk = Disk(root)
+    try:
         with job(PYTHON, *SHORT, "train.steps=60", root=root) as failing:
             failing.until_saved(8)
             whole = [line["train/loss"] for line in figures(root / "r")[:2]]
-            if fault != "ro":  # fill it up but for some hundred bytes
-                with suppress(OSError), (root / "filler").open("wb") as filler:
-                    while True:
-                        filler.write(bytes(100_000))
-                        filler.flush()
-            else:
-                remounted(root, fault)
+            {"full": disk.fill, "read-only": disk.fail}[fault]()
             code = failing.wait()
             said = failing.said
         assert code == 3, said
@@ -118,18 +147,17 @@ def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
         assert "training goes on" in said
         (line,) = (line for line in said.splitlines() if line.startswith("error: "))
         assert "result.json" in line
+        disk.mend()
         written = (root / "r" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["train/loss"] for line in written[:2]] == whole  # nothing that was written is harmed
         assert state(root / "r")["step"] >= 8
-        if fault == "ro":
-            remounted(root, "rw")
-        else:
-            (root / "filler").unlink()
 
         code, said = finished(PYTHON, *SHORT, "train.steps=60", root=root)
         assert code == 0, said
         assert (root / "r" / "result.json").exists()
-        assert [line["step"] for line in figures(root / "r")][-1] == 60
+        assert {line["step"] for line in figures(root / "r")} == {*range(4, 61, 4), 15, 30, 45}
+    finally:
+        disk.umount()
 
 
 @pytest.mark.slow

@@ -42,12 +42,13 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
         os.kill(killed.ranks[1] if whom == "rank" else killed.process.pid, signal.SIGKILL)
         assert killed.wait() != 0
         assert killed.left_over() == {}
-    assert 10 <= max(saved_steps(root / "r")) < 24
+    step = max(saved_steps(root / "r"))
+    assert 10 <= step < 24
 
     code, said = finished(PYTHON, *EVERYTHING, root=root)
 
     assert code == 0, said
-    assert f"going on from step {10}" in said or "going on from step 15" in said
+    assert f"going on from step {step}" in said
     assert_same_run(root / "r", undisturbed)
 
 
