@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 if [ -d .venv ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # torch 2.15 loses the ranks' store in a restart otherwise
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}" # seconds to save in; torch's own 30 are few
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}" # s to save in; torch has 30
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
 export PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 

@@ -121,8 +121,8 @@ class RunFolder:
 
     def refuse_unwritable(self) -> None:
         """Raise if this process may not write there: in a container, most often, a mount that belongs to another."""
-        place = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if os.access(place, os.W_OK | os.X_OK):
+        place = next(p for p in (self.path, *self.path.parents) if os.path.exists(p))  # False where none may look
+        if os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
             return
         if os.statvfs(place).f_flag & os.ST_RDONLY:
             raise UserError(f"{place.absolute()} is read-only: mount it for writing, or give another run.root=")

@@ -102,11 +102,11 @@ def one_run(composed: DictConfig) -> float:
         return one_evaluation(composed)
     config = named(typed(composed))
     folder = RunFolder(config.run)
+    folder.refuse_unwritable()
     folder.refuse_other(as_dict(config))
     if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
         print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
         return objective(folder)
-    folder.refuse_unwritable()
     on_its_ranks(config)
     return objective(folder)
 

@@ -20,10 +20,12 @@ LONG = 300  # steps: some seconds
 
 
 def train(engine, image, runs, *words, options=(), **settings):
-    """A finished `docker run`."""
-    return engine.run(
+    """A finished `docker run`, and what was said but for the engine's own warning that it routes nothing."""
+    done = engine.run(
         "docker", "run", "--rm", "--network=here", f"--volume={runs}:/app/runs", *options, image, *words, **settings
     )
+    done.stdout = done.stdout.replace("WARNING: IPv4 forwarding is disabled. Networking will not work.\n", "")
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +92,26 @@ def test_docker_run_trains_the_default_job_as_any_user_with_words_on_top(engine,
     assert {path.stat().st_uid for path in folder.rglob("*")} == {4321}
 
 
-def root_owned(runs):
-    os.chown(runs, 0, 0)
-    return []
+def another_owner(mode):
+    def prepare(runs):
+        os.chown(runs, 4321, 4321)
+        runs.chmod(mode)
+        return []
+
+    return prepare
 
 
 def read_only(runs):
     return [f"--volume={runs}:/app/other:ro"]
 
 
+OWNED = (
+    "/app/runs belongs to user 4321, and user 1000 may not write there: chown 1000 it, run as its owner "
+    "(docker run --user 4321), or give another run.root="
+)
 REFUSED = {
-    "wrong-owner": (
-        root_owned, [],
-        "/app/runs belongs to user 0, and user 1000 may not write there: chown 1000 it, run as its owner "
-        "(docker run --user 0), or give another run.root=",
-    ),
+    "wrong-owner": (another_owner(0o755), [], OWNED),
+    "may-not-look": (another_owner(0o700), [], OWNED),
     "read-only": (
         read_only, ["run.root=other"],
         "/app/other is read-only: mount it for writing, or give another run.root=",
@@ -125,7 +132,9 @@ REFUSED = {
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(engine, image, runs, prepare, words, told):
     options = prepare(runs)
     done = train(engine, image, runs, *words, options=options)
-    assert (done.returncode, done.stdout) == (2, f"error: {told}\n")
+    # torch warns where no name server knows the container's address
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[W")]
+    assert (done.returncode, lines) == (2, [f"error: {told}"])
 
 
 def test_a_change_of_code_installs_nothing_again(engine, image, tmp_path):
