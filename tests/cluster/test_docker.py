@@ -89,7 +89,7 @@ def test_docker_run_trains_the_default_job_as_any_user_with_words_on_top(engine,
     assert done.returncode == 0, done.stdout
     folder = runs / "digits-resnet8-local-b4-train.steps_20-seed1"
     assert json.loads((folder / "result.json").read_text())["ranks"] == 2
-    assert {path.stat().st_uid for path in folder.rglob("*")} == {4321}
+    assert {path.lstat().st_uid for path in folder.rglob("*")} == {4321}
 
 
 def another_owner(mode):
