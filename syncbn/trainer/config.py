@@ -134,9 +134,10 @@ def explain(error: Exception) -> str:
     below = error.__cause__
     text = f"{error}\n{below}" if isinstance(below, HydraException | OmegaConfBaseException) else str(error)
     text = text.strip() or type(error).__name__
-    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':\s*(.*)", text, re.S):
+    listed = r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':(.*?)(?:\nConfig search path|$)"
+    if missing := re.search(listed, text, re.S):
         group, choice, options = missing.groups()
-        return f"{group}={choice}: no such choice; choose one of {', '.join(options.split()[: _count(options)])}"
+        return f"{group}={choice}: no such choice; choose one of {', '.join(options.split())}"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']+' (is )?not in", text) and full_key:
         return _unknown_key(full_key[1])
@@ -145,11 +146,6 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = next((line for line in lines if re.match(r"Value|Cannot|Invalid|Incompatible", line)), lines[0])
     return f"{full_key[1]}: {cause}" if full_key else cause
-
-
-def _count(options: str) -> int:
-    """Hydra lists the options one a line, then tells its search path after an empty line."""
-    return len(options.split("\n\n")[0].split())
 
 
 def _unknown_key(key: str) -> str:

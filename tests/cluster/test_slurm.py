@@ -38,9 +38,9 @@ def undisturbed(slurm, tmp_path_factory):
 
 @pytest.fixture
 def hold(tmp_path):
-    """A file that holds up the job's steps while it is there."""
+    """A file that holds up the job's steps, so many seconds each, while it is there."""
     file = tmp_path / "hold"
-    file.touch()
+    file.write_text("1")
     return file
 
 
@@ -101,10 +101,11 @@ def test_scancel_with_sigterm_saves_and_the_same_command_goes_on(train, hold, un
 
 
 def test_a_job_saves_before_its_time_limit_and_queues_again(train, hold, undisturbed):
+    hold.write_text("4")  # Slurm looks at time limits every half minute
     job = train()
     job.until_past(5)
     hours, minutes, _ = map(int, job.facts["RunTime"].split(":"))
-    job.slurm.ask("scontrol", "update", f"jobid={job.number}", f"TimeLimit={60 * hours + minutes + 2}")
+    job.slurm.ask("scontrol", "update", f"jobid={job.number}", f"TimeLimit={60 * hours + minutes + 3}")
     job.until_queued_again()
     step = job.preempted_at()
     assert step < STEPS

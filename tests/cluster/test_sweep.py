@@ -1,11 +1,11 @@
 """A sweep through hydra/launcher=submitit_slurm on a real Slurm: a job for each point."""
 
 import json
+import pickle
 import re
 import subprocess
 from contextlib import contextmanager
 
-import cloudpickle
 import pytest
 
 from tests.cluster.slurm import COMMANDS, LONG_S, PACKAGES, Submitted, two_nodes, until
@@ -50,14 +50,14 @@ def job_of(slurm, root, point, name):
 def returned(root, point):
     """What came back to the sweeper from a point."""
     (result,) = (root / ".submitit").glob(f"*_{point}/*_result.pkl")
-    outcome, job_return = cloudpickle.loads(result.read_bytes())
+    outcome, job_return = pickle.loads(result.read_bytes())
     assert outcome == "success"
     return job_return.return_value
 
 
 def test_each_point_is_a_job_that_goes_on_if_preempted_and_its_result_comes_back(slurm, tmp_path):
     root, hold, log = tmp_path / "runs", tmp_path / "hold", tmp_path / "log"
-    hold.touch()
+    hold.write_text("1")
     names = [f"digits-tests.launch.nets.Held-{norm}-b4-train.steps_12-seed0" for norm in ("local", "sync")]
     words = ["norm=local,sync", "model.name=tests.launch.nets:Held", "launch.nproc=2", f"run.root={root}"]
     with sweeping(slurm, log, *words, SYNCBN_TEST_HOLD=str(hold), PYTHONPATH=str(ROOT)) as sweep:

@@ -77,6 +77,13 @@ BAD = {
 }
 
 
+def test_what_there_is_to_choose_from_is_told_and_no_more():
+    assert composed("norm=foo") == "norm=foo: no such choice; choose one of local, sync, torch"
+    told = composed("hydra/launcher=pbs")
+    assert told.startswith("hydra/launcher=pbs: no such choice; choose one of basic")
+    assert "path" not in told
+
+
 @pytest.mark.parametrize(("override", "said"), BAD.items(), ids=BAD)
 def test_bad_input_is_told_in_one_line(override, said):
     line = composed(override)
