@@ -40,13 +40,18 @@ def scratch() -> Iterator[Path]:
     """A folder for temporary files, removed at the end; those of makers that were killed go when the next is made."""
     path, lock = _locked_folder()
     try:
-        for other in path.parent.glob(f"{SCRATCH}*"):
-            with suppress(OSError):
-                _remove_if_left(other)
+        clear_scratch()
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def clear_scratch() -> None:
+    """Remove the folders for temporary files whose makers were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):
+            _remove_if_left(folder)
 
 
 def _locked_folder() -> tuple[Path, int]:

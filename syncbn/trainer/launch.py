@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.trainer import stop, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
-from syncbn.trainer.files import scratch
+from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.folder import RunFolder, name_of
 from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, as_rank
@@ -105,6 +105,7 @@ def one_run(composed: DictConfig) -> float:
     folder.refuse_unwritable()
     folder.refuse_other(as_dict(config))
     if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
+        clear_scratch()  # that of a job killed at its very end
         print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
         return objective(folder)
     on_its_ranks(config)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from syncbn.trainer.files import SCRATCH
 from tests.launch.jobs import PYTHON, STANDALONE, differing, figures, finished, job, saved_steps, state
 from tests.trainer.images import image_folder
 
@@ -104,10 +105,12 @@ def test_torchrun_starts_all_ranks_again_by_itself(undisturbed, tmp_path):
     assert_same_run(tmp_path / "r", undisturbed)
 
 
-def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed):
+def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-    code, said = finished(PYTHON, *EVERYTHING, root=undisturbed.parent)
+    (left := tmp_path / f"{SCRATCH}of-a-job-killed-at-its-very-end").mkdir()
+    code, said = finished(PYTHON, *EVERYTHING, root=undisturbed.parent, TMPDIR=str(tmp_path))
     assert code == 0
+    assert not left.exists()
     assert "is finished" in said
     assert "checkpoint.resume=none" in said
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
