@@ -23,7 +23,9 @@ def hold(port: str = "29400", rdzv_id: str = "train") -> None:
         # Agents that end close their meeting for good: whoever comes next is to find a new one
         state, token = meeting.get_state() or (None, None)
         if state and (closed := pickle.loads(state)).closed:
-            meeting.set_state(pickle.dumps(type(closed)()), token)
+            fresh = type(closed)()
+            fresh.round = closed.round + 1  # what was said in a round stays in the store
+            meeting.set_state(pickle.dumps(fresh), token)
 
 
 if __name__ == "__main__":
