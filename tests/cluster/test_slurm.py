@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.cluster.slurm import COMMANDS, PACKAGES, two_nodes
+from tests.cluster.slurm import COMMANDS, PACKAGES, two_nodes, until
 from tests.cluster.tools import require
 from tests.launch.jobs import differing, figures, saved_steps, state
 
@@ -119,8 +119,7 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(train, hold, undistu
 
 REFUSED = {
     "partition": (["--partition=nowhere"], "invalid partition specified: nowhere"),
-    "nodes": (["--nodes=3"], "Node count specification invalid"),
-    "time": (["--time=30-00:00:00"], "Requested time limit is invalid"),
+    "nodes": (["--nodes=3"], "Requested node configuration is not available"),
 }
 
 
@@ -129,6 +128,12 @@ def test_what_the_cluster_does_not_have_is_refused_at_once(slurm, options, said)
     done = slurm.run("sbatch", "--test-only", *options, "launch/slurm.sbatch")
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_a_time_limit_beyond_the_partitions_waits_and_squeue_says_so(slurm, tmp_path):
+    job = slurm.train(tmp_path / "runs", options=["--time=30-00:00:00"])
+    until(lambda: job.facts["Reason"] == "PartitionTimeLimit", lambda: str(job.facts))
+    slurm.ask("scancel", job.number)
 
 
 def test_sbatch_takes_the_script_as_it_is(slurm):

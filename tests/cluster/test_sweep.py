@@ -82,7 +82,7 @@ def test_a_point_that_fails_is_named_with_the_place_of_what_it_said_and_the_othe
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "the run of model.name=resnet21 " in line
+    assert re.match(r"error: the run of .*model\.name=resnet21 ", line)
     assert "failed, rank 0 failed with exit code 2" in line
     (said,) = re.findall(r"what it said is in (.+)\)$", line)
     assert said == str(job_of(slurm, tmp_path, 0, "").log.parent)
