@@ -118,6 +118,28 @@ def test_it_is_waited_for_and_had_when_the_other_ends(tmp_path, capsys):
     assert f"r is in use by a job on host {socket.gethostname()}, pid {pid}" in capsys.readouterr().err
 
 
+def test_a_file_that_the_last_holder_has_removed_is_no_lock(tmp_path):
+    """Nor for a process that has opened it before, and is slow."""
+    opened = lock._opened
+
+    def slowly(folder):
+        handle = opened(folder)
+        time.sleep(1.5)
+        return handle
+
+    def late(tell):
+        lock._opened = slowly
+        with lock.held(tmp_path / "r", longest_s=60):
+            tell("held")
+            time.sleep(60)
+
+    with holding(tmp_path / "r", for_s=1) as (_, told):
+        told()
+        with another(late) as (pid, got):
+            got()
+            assert lock.holder(tmp_path / "r").pid == pid
+
+
 def test_many_that_come_and_go_have_it_one_at_a_time(tmp_path):
     """Each removes the file as it leaves, and the next to come may hold the one that is no longer there."""
     counter = tmp_path / "counter"
