@@ -209,7 +209,14 @@ def test_without_a_terminal_the_table_is_printed_once(tmp_path):
 def test_on_a_terminal_the_table_lives_until_it_is_interrupted(tmp_path):
     tell(tmp_path / "r[bold]x", "preempted", step=11)
     ours, theirs = pty.openpty()
-    live = command(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"})
+    live = command(
+        tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "120"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it runs behind
+    )
     os.close(theirs)
     seen = b""
     try:
