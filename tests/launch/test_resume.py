@@ -34,6 +34,18 @@ def assert_same_run(folder, undisturbed):
     assert not list(folder.rglob("*.tmp"))
 
 
+def assert_goes_on(root, undisturbed):
+    """The same command goes on in the middle, and comes to what the undisturbed run came to."""
+    step = max(saved_steps(root / "r"))
+    assert 10 <= step < 24
+
+    code, said = finished(PYTHON, *EVERYTHING, root=root)
+
+    assert code == 0, said
+    assert f"going on from step {step}" in said
+    assert_same_run(root / "r", undisturbed)
+
+
 @pytest.mark.plain("rank")
 @pytest.mark.parametrize("whom", ["rank", "launcher"])
 def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed, tmp_path, whom):
@@ -43,14 +55,7 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
         os.kill(killed.ranks[1] if whom == "rank" else killed.process.pid, signal.SIGKILL)
         assert killed.wait() != 0
         assert killed.left_over() == {}
-    step = max(saved_steps(root / "r"))
-    assert 10 <= step < 24
-
-    code, said = finished(PYTHON, *EVERYTHING, root=root)
-
-    assert code == 0, said
-    assert f"going on from step {step}" in said
-    assert_same_run(root / "r", undisturbed)
+    assert_goes_on(root, undisturbed)
 
 
 @pytest.mark.slow
@@ -65,15 +70,8 @@ def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, nam
         assert time.monotonic() - began < 25  # 10 s are wanted of a machine that has nothing else to do
         assert asked.left_over() == {}
         (line,) = (line for line in asked.said.splitlines() if line.startswith("preempted"))
-    step = int(line.split()[3].rstrip(":"))
-    assert max(saved_steps(root / "r")) == step
-    assert 10 <= step < 24
-
-    code, said = finished(PYTHON, *EVERYTHING, root=root)
-
-    assert code == 0, said
-    assert f"going on from step {step}" in said
-    assert_same_run(root / "r", undisturbed)
+    assert max(saved_steps(root / "r")) == int(line.split()[3].rstrip(":"))
+    assert_goes_on(root, undisturbed)
 
 
 @pytest.mark.slow
