@@ -189,7 +189,7 @@ class Life:
             self.since, self.trained = time.time(), False
             return
         check_exit(blow, self)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60  # ranks that were starting first import torch
         while orphans := self.ours():
             if time.monotonic() > deadline:
                 raise Failed(f"left over after {blow}: {sorted(orphans)}")
