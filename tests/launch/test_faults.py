@@ -65,7 +65,7 @@ def test_without_restarts_the_job_says_who_died(tmp_path):
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_path, rank):
     hanging = [*SHORT, "model.name=tests.launch.nets:Held", "launch.timeout_s=16", "launch.max_restarts=1"]
-    (hold := tmp_path / "hold").touch()
+    (hold := tmp_path / "hold").write_text("0.3")
     with job(PYTHON, *hanging, root=tmp_path / "runs", SYNCBN_TEST_HOLD=str(hold)) as hung:
         hung.until_saved(12)  # by then it has told of its messages, which it does every 2 s
         began = time.monotonic()
