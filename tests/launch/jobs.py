@@ -32,6 +32,8 @@ class Job:
                 env={**kept, "PYTHONPATH": str(ROOT), **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # A shell has what it runs behind ignore SIGINT, and a job then does so too
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.seen = set()
 
