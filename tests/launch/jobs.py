@@ -113,9 +113,10 @@ def processes():
 
 def children(pid):
     found = set()
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found.update(map(int, thread.read_text().split()))
+    with suppress(OSError):  # it may end at any moment, and its threads too
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
     return found
 
 
