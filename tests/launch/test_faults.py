@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -97,6 +98,8 @@ class Disk:
     """A disk of its own at a folder. Only root may have one."""
 
     def __init__(self, folder):
+        if shutil.which("mkfs.ext4") is None:
+            pytest.skip("mkfs.ext4 not found")
         self.folder, self.image = folder, folder.with_name("disk.img")
         with self.image.open("wb") as image:
             image.truncate(60_000_000)
