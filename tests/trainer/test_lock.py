@@ -74,8 +74,8 @@ def test_a_killed_process_leaves_nothing_locked(tmp_path):
 
 def test_the_file_is_gone_before_the_lock_is_given_back(tmp_path, monkeypatch):
     """Else it could be another's that is removed."""
-    there, close = [], os.close
-    monkeypatch.setattr(os, "close", lambda handle: (there.append((tmp_path / "r" / lock.NAME).exists()), close(handle)))
+    file, there, close = tmp_path / "r" / lock.NAME, [], os.close
+    monkeypatch.setattr(os, "close", lambda handle: (there.append(file.exists()), close(handle)))
     with lock.held(tmp_path / "r", longest_s=0):
         there.clear()
     assert there == [False]
