@@ -140,7 +140,9 @@ def command_of(pid):
 
 def running(pid):
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        # The first thread ends as a zombie, and the process keeps its files and locks until the last one has ended
+        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not ended or len(os.listdir(f"/proc/{pid}/task")) > 1
     return False
 
 
