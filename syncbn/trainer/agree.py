@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from syncbn.trainer import world
 from syncbn.trainer.config import Config
@@ -65,7 +65,7 @@ def traits() -> dict[str, Trait]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "syncbn's code": _files(Path(__file__).parents[1], "*.py"),
         "conf/": _files(script / "conf", "*.yaml"),
         "the command line": redacted(sys.argv[1:]),

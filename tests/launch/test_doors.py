@@ -51,6 +51,13 @@ def figures(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
+def test_what_starts_the_ranks_does_not_wait_for_what_they_alone_import():
+    code = "import sys, syncbn.trainer.launch; print([m for m in sys.argv[1:] if m in sys.modules])"
+    seconds_each = ["torchvision", "torch._dynamo", "matplotlib"]
+    told = subprocess.run([sys.executable, "-c", code, *seconds_each], capture_output=True, text=True, check=True)
+    assert told.stdout == "[]\n"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short run of the default job by the first door."""
@@ -151,6 +158,7 @@ def test_a_verdict_is_shown_when_it_comes_and_at_the_end(drifting):
     assert re.search(SMALL, (folder / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_wandb_is_alerted_and_keeps_maps_and_tables_offline(drifting):
     _, folder = drifting
     (run_file,) = (folder / "wandb").glob("offline-run-*/*.wandb")

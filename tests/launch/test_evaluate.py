@@ -62,7 +62,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.plain("by-the-launcher")
+@pytest.mark.slow
 @pytest.mark.parametrize(("door", "words", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_is_one_line(trained, door, words, said):
     _, folder = trained

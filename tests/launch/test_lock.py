@@ -23,7 +23,8 @@ def refusals(said):
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("door", [PYTHON, pytest.param([*STANDALONE, "train.py"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("door", [PYTHON, [*STANDALONE, "train.py"]])
 def test_the_second_job_is_refused_and_a_killed_one_holds_nothing(tmp_path, door):
     root = tmp_path / "runs"
     with job(PYTHON, *RUN, root=root) as first:

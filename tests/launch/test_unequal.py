@@ -62,7 +62,8 @@ def test_other_code_and_another_config_are_refused_and_named(tmp_path):
 
 
 @needs_hosts
-@pytest.mark.parametrize("lacking", ["mount", pytest.param("image", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lacking", ["mount", "image"])
 def test_a_node_with_other_data_or_none_is_named(tmp_path, lacking):
     here, there = copied(tmp_path / "here"), copied(tmp_path / "there")
     for folder in here, there:
@@ -81,10 +82,8 @@ def test_a_node_with_other_data_or_none_is_named(tmp_path, lacking):
     assert not [*(tmp_path / "runs").glob("*")]
 
 
-@pytest.mark.parametrize(
-    "door",
-    [[*PYTHON, "launch.nproc=3"], pytest.param([*TORCHRUN, "--nproc-per-node=3", "train.py"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("door", [[*PYTHON, "launch.nproc=3"], [*TORCHRUN, "--nproc-per-node=3", "train.py"]])
 def test_a_group_that_does_not_divide_the_ranks_is_refused_before_anything_is_built(tmp_path, door):
     command = ["data=image_folder", "data.root=/nowhere", "norm.group=2", *SHORT]
     code, said = finished(door, *command, root=tmp_path / "runs")

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
@@ -132,6 +130,8 @@ def build(
             it, a run that goes on with another number of ranks keeps its steps.
         start: the optimiser step that train begins with.
     """
+    from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
+
     train, test = SOURCES[config.name](config)
     ranks = {"rank": world.rank, "world_size": world.size}
     told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
@@ -147,13 +147,15 @@ def build(
         )
     training = Samples(
         train,
-        train_transform(config),
+        transforms.for_training(config),
         seed=seed,
-        mix=mix_transform(config.augment, len(train.classes)),
+        mix=transforms.for_batches(config.augment, len(train.classes)),
         skip_broken=config.skip_broken,
         cache=config.cache,
     )
-    evaluation = Samples(test, eval_transform(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache)
+    evaluation = Samples(
+        test, transforms.for_eval(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache
+    )
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)
 
     def batches(samples: Samples, sampler: TrainSampler | EvalSampler, workers: int = config.workers) -> Batches:
@@ -179,49 +181,6 @@ def build(
         len(sampler.mine) * world.size / global_batch,
         fingerprint(train, test),
     )
-
-
-def train_transform(config: DataConfig) -> v2.Transform:
-    """What a training image goes through before it is stacked; uint8 in and out."""
-    augment, steps = config.augment, []
-    if config.size:
-        steps.append(v2.RandomResizedCrop(config.size, antialias=True))
-    elif augment.pad:
-        steps.append(PaddedCrop(augment.pad))
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if augment.policy != "none":
-        steps.append(v2.RandAugment() if augment.policy == "rand" else v2.TrivialAugmentWide())
-    if augment.erase:
-        steps.append(v2.RandomErasing(augment.erase, value=[255 * m for m in config.mean]))  # pyright: ignore[reportArgumentType]
-    return v2.Compose(steps or [v2.Identity()])
-
-
-class PaddedCrop(nn.Module):
-    """A random crop to the size the image has, after adding a black border; v2.RandomCrop wants the size fixed."""
-
-    def __init__(self, pad: int):
-        super().__init__()
-        self.pad = pad
-
-    def forward(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        top, left = torch.randint(2 * self.pad + 1, (2,)).tolist()
-        return nn.functional.pad(image, [self.pad] * 4)[..., top : top + height, left : left + width]
-
-
-def eval_transform(config: DataConfig) -> v2.Transform:
-    """The centre of the image, at the scale customary since Krizhevsky 2012 (224 of 256); uint8 in and out."""
-    if not config.size:
-        return v2.Identity()
-    return v2.Compose([v2.Resize(round(config.size * 256 / 224), antialias=True), v2.CenterCrop(config.size)])
-
-
-def mix_transform(augment: AugmentConfig, classes: int) -> v2.Transform | None:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), either by chance, or None."""
-    kinds = [(v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix)]
-    chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    return v2.RandomChoice(chosen) if chosen else None
 
 
 def _as_they_are(batch: Any) -> Any:

@@ -1,15 +1,17 @@
 """One batch of samples from their keys: decoded, augmented, stacked and mixed, each by its own seed."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from syncbn.trainer.data.sampler import Key, seed_of
 from syncbn.trainer.data.sources import Images, first_line
 from syncbn.trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class Batch(NamedTuple):
@@ -32,7 +34,7 @@ class Samples(torch.utils.data.Dataset):
         transform: Callable[[Tensor], Tensor],
         *,
         seed: int,
-        mix: v2.Transform | None = None,
+        mix: "v2.Transform | None" = None,
         skip_broken: bool = False,
         cache: bool = False,
     ):
@@ -75,7 +77,7 @@ class Samples(torch.utils.data.Dataset):
         batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
         return batch if self.mix is None else self._mixed(batch, kept, self.mix)
 
-    def _mixed(self, batch: Batch, keys: list[Key], mix: v2.Transform) -> Batch:
+    def _mixed(self, batch: Batch, keys: list[Key], mix: "v2.Transform") -> Batch:
         # In neighbouring pairs, so that what is mixed does not depend on how many ranks share a step's samples
         images, labels = batch.images.float(), []
         for begin in range(0, len(keys), 2):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms.v2 import functional as F
 
 from syncbn.trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from torchvision import datasets
+
     from syncbn.trainer.data import DataConfig
 
 
@@ -44,6 +44,8 @@ class Torchvision:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from torchvision.transforms.v2 import functional as F
+
         image, label = self.dataset[index]
         return F.pil_to_tensor(image), int(label) if self.labels is None else self.labels[label]
 
@@ -125,6 +127,8 @@ def from_archive(name: str) -> Callable[["DataConfig"], tuple[Images, Images]]:
     """A source that torchvision knows as a class with root, train and download."""
 
     def build(config: "DataConfig") -> tuple[Images, Images]:
+        from torchvision import datasets
+
         dataset = getattr(datasets, name)
         try:
             parts = [dataset(config.root, train=train, download=config.download) for train in (True, False)]
@@ -146,6 +150,8 @@ def from_archive(name: str) -> Callable[["DataConfig"], tuple[Images, Images]]:
 
 def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     """ILSVRC 2012 as torchvision lays it out: its archives, or train/ and val/ with meta.bin beside them."""
+    from torchvision import datasets
+
     try:
         parts = [datasets.ImageNet(config.root, split=split) for split in ("train", "val")]
     except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
@@ -171,6 +177,8 @@ def image_folder(config: "DataConfig") -> tuple[Images, Images]:
 
 def fake(config: "DataConfig") -> tuple[Images, Images]:
     """Noise with random labels: for trying a cluster or measuring speed without any data."""
+    from torchvision import datasets
+
     size = (3, config.size or 32, config.size or 32)
     classes = [str(c) for c in range(config.fake_classes)]
     train, test = (
@@ -180,6 +188,7 @@ def fake(config: "DataConfig") -> tuple[Images, Images]:
     return train, test
 
 
+# torchvision is imported where it is used: it takes seconds, and the process that starts the ranks has no use for it
 SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "digits": digits,
     "cifar10": from_archive("CIFAR10"),
@@ -191,7 +200,9 @@ SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
 }
 
 
-def _folder(root: Path, part: str) -> datasets.ImageFolder:
+def _folder(root: Path, part: str) -> "datasets.ImageFolder":
+    from torchvision import datasets
+
     wanted = "an image folder holds train/<class>/*.jpg and test/<class>/*.jpg (or val/)"
     if not (root / part).is_dir():
         raise UserError(f"data.root={root} has no folder {part!r}: {wanted}")

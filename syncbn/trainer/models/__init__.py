@@ -10,7 +10,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from syncbn.trainer.errors import UserError
@@ -56,6 +55,8 @@ def _builder(name: str) -> Callable[..., Any]:
         return _own(name)
     if name in MODELS:
         return MODELS[name]
+    import torchvision  # takes seconds
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known:
         options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
@@ -79,6 +80,8 @@ def _load(model: nn.Module, name: str, weights: str) -> None:
     if Path(weights).is_file():
         state = torch.load(weights, map_location="cpu", weights_only=True)
     else:
+        import torchvision
+
         try:
             state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
         except (ValueError, KeyError) as error:
