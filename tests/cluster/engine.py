@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -147,3 +148,10 @@ def until(condition, timeout_s=180.0, told=lambda: ""):
         assert time.monotonic() < deadline, f"still waiting after {timeout_s} s:\n{told()}"
         time.sleep(0.2)
     return value
+
+
+if __name__ == "__main__":  # make the image beforehand, for SYNCBN_TEST_ENGINE: python -m tests.cluster.engine FOLDER
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with engine(Path(sys.argv[1]), keep=True) as own:
+        own.import_base()
+        own.build()
