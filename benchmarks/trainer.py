@@ -39,8 +39,9 @@ def bare_loop(config: Config, ranks: World):
         gradient_as_bucket_view=True,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    images = torch.randn(config.data.batch_per_rank, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (config.data.batch_per_rank,))
+    batch = int(config.data.batch_per_rank)
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
 
     def run(steps: int) -> float:
         began = time.perf_counter()
@@ -50,7 +51,7 @@ def bare_loop(config: Config, ranks: World):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return steps * config.data.batch_per_rank * ranks.size / (time.perf_counter() - began)
+        return steps * batch * ranks.size / (time.perf_counter() - began)
 
     return run
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ def refuse_misfit(config: NormConfig, ranks: int) -> None:
             f"whole groups, or norm.group= one of {fit}, world, node",
             on_every_rank=True,
         )
+
+
+def of_one_rank(config: NormConfig) -> NormConfig:
+    """The same norm where no rank sends anything, for measuring one alone."""
+    return (
+        NormConfig("local")
+        if config.name == "torch"
+        else replace(config, group=1 if config.name == "sync" else "world")
+    )
 
 
 def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple[nn.Module, int]:

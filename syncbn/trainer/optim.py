@@ -1,6 +1,7 @@
 """The optimiser and its learning rate over time."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +11,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.trainer.errors import UserError
 
+# By what the rate is multiplied for r times the images a step
+SCALINGS: dict[str, Callable[[float], float]] = {
+    "linear": lambda r: r,  # SGD: Goyal et al. 2017, arXiv:1706.02677
+    "sqrt": math.sqrt,  # Adam: Malladi et al. 2022, arXiv:2205.10287
+    "none": lambda _: 1.0,
+}
+
 
 @dataclass
 class OptimConfig:
     name: str = "sgd"  # sgd or adamw
     lr: float = 0.1  # at a global batch of lr_batch images
-    lr_batch: int = 256  # the rate used is lr * global batch / lr_batch (Goyal et al. 2017); 0: lr as it is
+    lr_batch: int = 256
+    scaling: str = "linear"  # the rate used is lr * r, r = images a step / lr_batch; sqrt: lr * sqrt(r); none: lr
     weight_decay: float = 5e-4
     decay_norms_and_biases: bool = False  # weight decay on vectors too: norms' weights and all biases
     momentum: float = 0.9  # sgd
@@ -27,7 +36,13 @@ class OptimConfig:
             raise UserError(f"optim={self.name}: choose one of sgd, adamw")
         if not self.lr > 0:
             raise UserError(f"optim.lr={self.lr}: give a rate above 0")
-        for name in "lr_batch", "weight_decay", "momentum":
+        if self.scaling not in SCALINGS:
+            raise UserError(f"optim.scaling={self.scaling}: choose one of {', '.join(SCALINGS)}")
+        if self.lr_batch < 1:
+            raise UserError(
+                f"optim.lr_batch={self.lr_batch}: give 1 or more images; optim.scaling=none takes lr as it is"
+            )
+        for name in "weight_decay", "momentum":
             if getattr(self, name) < 0:
                 raise UserError(f"optim.{name}={getattr(self, name)}: give 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -44,8 +59,8 @@ class ScheduleConfig:
             raise UserError(f"schedule.warmup_epochs={self.warmup_epochs}: give 0 or more")
 
 
-def build(config: OptimConfig, model: nn.Module, global_batch: int) -> Optimizer:
-    """The optimiser over the model's parameters that need a gradient, its rate scaled to the global batch.
+def build(config: OptimConfig, model: nn.Module, images_per_step: int) -> Optimizer:
+    """The optimiser over the model's parameters that need a gradient, its rate scaled to the images of a step.
 
     It is a fused one, which reads on the device what its rate is and whether to leave out a step.
     """
@@ -55,7 +70,7 @@ def build(config: OptimConfig, model: nn.Module, global_batch: int) -> Optimizer
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": config.weight_decay if config.decay_norms_and_biases else 0.0},
     ]
-    lr = config.lr * global_batch / config.lr_batch if config.lr_batch else config.lr
+    lr = config.lr * SCALINGS[config.scaling](images_per_step / config.lr_batch)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(config.betas[0], config.betas[1]), fused=True)
     nesterov = config.nesterov and config.momentum > 0

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.trainer import data, drift, evaluation, graph, lock, models, norms, optim, resume, tasks, world
+from syncbn.trainer import data, drift, evaluation, graph, lock, models, norms, optim, probe, resume, tasks, world
 from syncbn.trainer.agree import alike, refuse_other_data
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
@@ -54,7 +55,8 @@ def evaluate(config: Config, ranks: World) -> int:
     norms.refuse_misfit(needed.norm, ranks.size)
     start = resume.find_at(Path(config.checkpoint.resume), ranks)
     with ranks.together():
-        parts = build(needed, ranks, start if config.drift.recalibrate else None)
+        trained = start if config.drift.recalibrate else None
+        parts = build(needed, ranks, trained, trained and trained.global_batch)
         evaluation.take_over(parts, start, config)
     refuse_other_data(parts.data, ranks)
     evaluation.show(parts, start, config, ranks)
@@ -81,8 +83,9 @@ def train_on(config: Config, ranks: World) -> int:
 def train_in(folder: RunFolder, settings: dict[str, Any], config: Config, ranks: World, stop: Stop) -> int:
     """Train in a folder that is this job's own: the exit code, which rank 0's is. Collective."""
     start = resume.find(config.checkpoint.resume, folder, settings, ranks)
+    global_batch = (start and start.global_batch) or found_out(config, ranks)
     with ranks.together():
-        parts = build(config, ranks, start)
+        parts = build(config, ranks, start, global_batch)
         if start:
             start.refuse_changed(parts.data)
     refuse_other_data(parts.data, ranks)
@@ -126,8 +129,26 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
     return 0
 
 
-def build(config: Config, ranks: World, start: Start | None = None) -> Parts:
-    """Data, model and task. No rank speaks to another here."""
+def found_out(config: Config, ranks: World) -> int | None:
+    """The global batch that data.batch_per_rank=auto comes to on these ranks; None if it is given. Collective."""
+    if config.data.batch_per_rank != data.AUTO:
+        return None
+    alone = replace(
+        config,
+        data=replace(config.data, batch_per_rank=1),
+        norm=norms.of_one_rank(config.norm),
+        train=replace(config.train, cuda_graph=False),
+    )
+    with ranks.together():
+        parts = build(alone, ranks)
+    found = probe.batch_per_rank(parts, config, ranks)
+    if ranks.rank == 0:
+        print(f"data.batch_per_rank=auto: {found}", flush=True)
+    return found.batch_per_rank * ranks.size
+
+
+def build(config: Config, ranks: World, start: Start | None = None, global_batch: int | None = None) -> Parts:
+    """Data, model and task. No rank speaks to another here. global_batch: see data.build."""
     if config.train.cuda_graph:
         graph.prepare(ranks.device)
     seed_generators(config.seed)
@@ -138,7 +159,7 @@ def build(config: Config, ranks: World, start: Start | None = None) -> Parts:
         seed=config.seed,
         accumulate=config.train.accumulate,
         memory_format=memory_format,
-        global_batch=start and start.global_batch,
+        global_batch=global_batch,
         start=start.state["step"] if start else 0,
     )
     model = models.build(config.model, len(images.classes)).to(ranks.device)

@@ -146,6 +146,8 @@ def _state(run: Run) -> str:
 def _batch(run: Run) -> str:
     ranks = (run.result or {}).get("ranks") or (len(run.rank_z[1].columns) if run.rank_z else None)
     batch, accumulate = run.config.get("data.batch_per_rank", "?"), run.config.get("train.accumulate", 1)
+    if batch == "auto" and run.result and "global_batch" in run.result:
+        batch = run.result["global_batch"] // run.result["ranks"]
     times = f" × {accumulate} accumulated" if accumulate != 1 else ""
     return f"{ranks or '?'} × {batch}{times}"
 

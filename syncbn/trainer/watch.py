@@ -55,7 +55,7 @@ class Watch:
         """state: what state_dict gave in the process that is gone on from."""
         self.folder, self.config, self.ranks = folder, config, ranks
         self.objective = f"eval/{parts.task.objective}"
-        self.converted = converted(parts, config)
+        self.converted, self.global_batch = converted(parts, config), parts.data.global_batch
         steps = config.train.total_steps(parts.data.steps_per_epoch)
         self.screen = Screen(steps)
         self.screen.say(
@@ -153,6 +153,7 @@ class Watch:
             "objective": figures[self.objective],
             "metrics": figures,
             "ranks": self.ranks.size,
+            "global_batch": self.global_batch,
             "duration_s": round(duration_s, 1),
         }
         if self.story.last:

@@ -59,7 +59,7 @@ def train(rank, ranks, config, optimiser, norm, folder):
     ddp = DistributedDataParallel(model, device_ids=[rank], gradient_as_bucket_view=True)
     torch.manual_seed(rank)
     lr = {"sgd": 2**-6, "adamw": 2**-9}[optimiser]
-    optimizer = optim.build(optim.OptimConfig(optimiser, lr=lr, lr_batch=0), model, 8)
+    optimizer = optim.build(optim.OptimConfig(optimiser, lr=lr, scaling="none"), model, 8)
     schedule = optim.build_schedule(optim.ScheduleConfig(), optimizer, steps=config.steps, steps_per_epoch=20)
     schedule.lr_lambdas = [in_float32(share) for share in schedule.lr_lambdas]
     task, guard = tasks.build(tasks.TaskConfig()), Guard(model, optimizer, scaled=config.precision == "fp16")

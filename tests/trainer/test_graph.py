@@ -38,7 +38,7 @@ def settings(*, data=None, optim=None, norm="sync", **train):
     return {
         "data": {"batch_per_rank": 4, "augment": {"pad": 1}, **(data or {})},
         # A power of two times shares of it that float32 holds: the rates on a device have no more digits
-        "optim": {"lr": 0.125, "lr_batch": 0, **(optim or {})},
+        "optim": {"lr": 0.125, "scaling": "none", **(optim or {})},
         "schedule": {"warmup_epochs": 0.1},
         "norm": {"name": norm},
         "model": {"name": f"{__name__}:Dropping"},

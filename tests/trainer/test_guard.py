@@ -152,7 +152,7 @@ def scales(bad_steps):
     weight = nn.Parameter(torch.ones(1))
     model = nn.Module()
     model.weight = weight
-    guard = Guard(model, optim.build(optim.OptimConfig(lr=0.5, lr_batch=0, momentum=0), model, 1), scaled=True)
+    guard = Guard(model, optim.build(optim.OptimConfig(lr=0.5, scaling="none", momentum=0), model, 1), scaled=True)
     for bad in bad_steps:
         guard.backward((weight * (math.inf if bad else 1)).sum(), weight=1.0)
         guard.step()

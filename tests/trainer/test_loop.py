@@ -131,7 +131,7 @@ def test_the_average_follows_weights_and_buffers():
 
 
 def test_a_gradient_is_clipped_to_its_norm():
-    plain = {"optim": {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr": 1.0, "lr_batch": 0}}
+    plain = {"optim": {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr": 1.0, "scaling": "none"}}
     ((states, _),) = run_ranks(weights_at_each_step, 1, {**config(8, steps=1, clip_norm=1e-3), **plain})
     moved = [states[1][k] - v for k, v in states[0].items() if k.endswith(("weight", "bias"))]
     # One step of a warm-up over one step: half the rate

@@ -31,9 +31,11 @@ def test_every_trainable_parameter_is_optimised_once():
     assert sorted(map(id, (p for g in groups for p in g["params"]))) == sorted(map(id, MODEL.parameters()))
 
 
-def test_the_rate_is_scaled_to_the_global_batch():
-    assert optim.build(OptimConfig(lr=0.1, lr_batch=256), MODEL, 64).param_groups[0]["lr"] == pytest.approx(0.025)
-    assert optim.build(OptimConfig(lr=0.1, lr_batch=0), MODEL, 64).param_groups[0]["lr"] == 0.1
+@pytest.mark.parametrize(("scaling", "lr"), [("linear", 0.025), ("sqrt", 0.05), ("none", 0.1)])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_rate_is_scaled_to_the_images_of_a_step(name, scaling, lr):
+    config = OptimConfig(name, lr=0.1, lr_batch=256, scaling=scaling)
+    assert [group["lr"] for group in optim.build(config, MODEL, 64).param_groups] == pytest.approx([lr, lr])
 
 
 def test_the_rate_rises_then_falls_along_a_cosine():

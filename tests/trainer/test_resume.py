@@ -36,7 +36,7 @@ class Dicing(nn.Module):
 def settings(*, data=None, optim=None, norm="sync", level="image", checkpoint=None, **train):
     return {
         "data": {"batch_per_rank": 4, "augment": {"pad": 1}, **(data or {})},
-        "optim": {"lr": 0.1, "lr_batch": 0, **(optim or {})},
+        "optim": {"lr": 0.1, "scaling": "none", **(optim or {})},
         "norm": {"name": norm},
         "drift": {"level": level},
         "model": {"name": f"{__name__}:Dicing"},

@@ -14,6 +14,8 @@ from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 
+AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: see probe.py
+
 
 @dataclass
 class AugmentConfig:
@@ -39,7 +41,7 @@ class DataConfig:
     name: str = "digits"  # one of the sources
     root: str = "data"  # folder of the data set
     download: bool = False  # fetch it into root if it is not there (torchvision's sets)
-    batch_per_rank: int = 4  # training images on each rank in each forward
+    batch_per_rank: int | str = 4  # training images on each rank in each forward; auto: what fits a GPU, or is fastest
     eval_batch_per_rank: int = 256  # eval statistics are fixed, so its batch is only a matter of speed
     workers: int = 0  # processes per rank that decode and augment; 0: the rank itself
     cache: bool = False  # keep decoded images in memory
@@ -54,7 +56,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
             raise UserError(f"data.name={self.name}: choose one of {', '.join(SOURCES)}")
-        for name in "batch_per_rank", "eval_batch_per_rank", "fake_samples", "fake_classes":
+        if self.batch_per_rank != AUTO and (not isinstance(self.batch_per_rank, int) or self.batch_per_rank < 1):
+            raise UserError(f"data.batch_per_rank={self.batch_per_rank}: give 1 or more, or auto")
+        for name in "eval_batch_per_rank", "fake_samples", "fake_classes":
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
         for name in "workers", "size":
@@ -127,7 +131,7 @@ def build(
 
     Args:
         global_batch: training images of one forward of all ranks together; None: config.batch_per_rank on each. With
-            it, a run that goes on with another number of ranks keeps its steps.
+            it, a run that goes on with another number of ranks keeps its steps. Required if that is auto.
         start: the optimiser step that train begins with.
     """
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
@@ -136,8 +140,9 @@ def build(
     ranks = {"rank": world.rank, "world_size": world.size}
     told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:
+        assert isinstance(config.batch_per_rank, int)
         global_batch = config.batch_per_rank * world.size
-    elif global_batch != config.batch_per_rank * world.size:
+    elif config.batch_per_rank == AUTO or global_batch != config.batch_per_rank * world.size:
         told = f"a global batch of {global_batch}"
     stream = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
     sampler = TrainSampler(len(train), start=start, **stream)

@@ -1,0 +1,115 @@
+"""The batch that data.batch_per_rank=auto stands for: the largest that a GPU's memory takes, the fastest on a CPU."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from syncbn.trainer import optim
+from syncbn.trainer.config import Config
+from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.failures import is_out_of_memory
+from syncbn.trainer.loop import autocast
+from syncbn.trainer.watch import Parts
+from syncbn.trainer.world import World
+
+SMALLEST = 2  # one image of 1×1 pixels in the last layers has no variance
+REPEATS = 3  # steps that are timed, after one that is not
+ROOM = 0.9  # of a GPU's memory: what DDP, NCCL and the allocator's gaps take is not in the measurement
+WORTH = 1.05  # times the images/s, for twice the batch on a CPU
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images of a forward on each rank, and those that all ranks trained in a second with it, but for DDP."""
+
+    batch_per_rank: int
+    images_per_s: float
+
+    def __str__(self) -> str:
+        return f"{self.batch_per_rank} images a rank, {self.images_per_s:.0f} images/s before gradients are shared"
+
+
+def batch_per_rank(parts: Parts, config: Config, ranks: World) -> Found:
+    """Try 2, 4, 8, ... images a rank in whole steps, until memory is short or, on a CPU, nothing is gained any more.
+
+    Each rank tries by itself, with all others at the same time; what does not fit on one fits on none.
+
+    Args:
+        parts: those of this training, but with a norm that sends nothing. They are used up.
+
+    Raises UserError if not even the smallest fits. Collective.
+    """
+    with ranks.together():
+        take_step = stepper(parts, config, ranks)
+    images = len(parts.data.train.loader.dataset)  # pyright: ignore[reportArgumentType]
+    most = max(SMALLEST, images // (ranks.size * config.train.accumulate))
+    best: Found | None = None
+    batch = SMALLEST
+    while batch <= most:
+        with ranks.together():
+            speed = images_per_s(take_step, batch, ranks.device)
+        speeds = ranks.everyone(speed)
+        if not all(speeds):
+            break
+        seen = Found(batch, sum(speeds))
+        if best and ranks.device.type != "cuda" and seen.images_per_s < WORTH * best.images_per_s:
+            break
+        best = seen
+        batch *= 2
+    if best is None:
+        raise UserError(
+            f"data.batch_per_rank=auto: not even {SMALLEST} images fit into the memory of each rank: take a smaller "
+            "model or data.size, or train.precision=bf16",
+            on_every_rank=True,
+        )
+    return best
+
+
+def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]:
+    """A function that does a whole step on so many images, which look like those of the data."""
+    image = next(iter(parts.data.sample)).images[:1]
+    optimizer = optim.build(config.optim, parts.model, images_per_step=1)
+    parts.model.train()
+
+    def take_step(batch: int) -> None:
+        labels = torch.zeros(batch, dtype=torch.int64, device=ranks.device)
+        images = torch.randn_like(image.expand(batch, -1, -1, -1), memory_format=torch.preserve_format)
+        with autocast(config.train, ranks):
+            loss, _ = parts.task.loss(parts.model, Batch(images, labels))
+        (loss * 0).backward()  # whatever the loss, no weight runs away
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return take_step
+
+
+def images_per_s(take_step: Callable[[int], None], batch: int, device: torch.device) -> float:
+    """How fast this rank is with such batches; 0 if they do not fit into its memory."""
+    try:
+        times = [timed(take_step, batch, device) for _ in range(1 + REPEATS)][1:]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        times = []
+    fits = bool(times)
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        fits = fits and torch.cuda.max_memory_reserved(device) <= ROOM * total
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return batch / median(times) if fits else 0.0
+
+
+def timed(take_step: Callable[[int], None], batch: int, device: torch.device) -> float:
+    """Seconds that a step takes."""
+    began = time.perf_counter()
+    take_step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
