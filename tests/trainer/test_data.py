@@ -2,6 +2,7 @@
 
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -183,6 +184,17 @@ def test_an_image_folder_takes_its_classes_from_train(tmp_path):
     assert [test[i][1] for i in range(len(test))] == [1, 1, 2]
     assert train[0][0].dtype == torch.uint8
     assert train[0][0].shape == (3, 8, 8)
+
+
+def test_fewer_images_are_of_each_class_its_share(tmp_path):
+    root = image_folder(tmp_path, {"ant": 6, "bee": 4, "cat": 2}, {"bee": 2, "cat": 1})
+    config = DataConfig(name="image_folder", root=str(root), train_images=6, batch_per_rank=6)
+    built = data.build(config, World(0, 1, CPU), seed=0)
+    (batch,) = islice(built.train, 1)
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 1, 1, 2]
+    assert (built.steps_per_epoch, built.fingerprint["train"], built.fingerprint["eval"]) == (1, 6, 3)
+    with pytest.raises(UserError, match=r"data\.train_images=13: there are 12 training images"):
+        data.build(replace(config, train_images=13), World(0, 1, CPU), seed=0)
 
 
 def test_images_of_different_sizes_are_brought_to_one(tmp_path):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
-from syncbn.trainer.data.sources import SOURCES, fingerprint
+from syncbn.trainer.data.sources import SOURCES, Spread, fingerprint
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
@@ -50,6 +50,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.5])  # of pixels in 0..1, per colour
     std: list[float] = field(default_factory=lambda: [0.25])
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train_images: int = 0  # train on so many only, evenly spread over the data set; 0: all
     fake_samples: int = 512  # data=fake: training images; a fifth as many for eval
     fake_classes: int = 10
 
@@ -61,7 +62,7 @@ class DataConfig:
         for name in "eval_batch_per_rank", "fake_samples", "fake_classes":
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
-        for name in "workers", "size":
+        for name in "workers", "size", "train_images":
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 0 or more")
         if not (len(self.mean) == len(self.std) and len(self.mean) in (1, 3) and min(self.std) > 0):
@@ -137,6 +138,10 @@ def build(
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
 
     train, test = SOURCES[config.name](config)
+    if config.train_images > len(train):
+        raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")
+    if config.train_images:
+        train = Spread(train, config.train_images)
     ranks = {"rank": world.rank, "world_size": world.size}
     told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:

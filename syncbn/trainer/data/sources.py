@@ -95,6 +95,26 @@ class InMemory:
         yield _packed(self.labels)
 
 
+class Spread:
+    """So many of the images, evenly spread over all of them: in order of class, the same share of each."""
+
+    def __init__(self, images: Images, number: int):
+        self.images, self.classes = images, images.classes
+        self.kept = [i * len(images) // number for i in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.kept[index]]
+
+    def where(self, index: int) -> str:
+        return self.images.where(self.kept[index])
+
+    def told(self) -> Iterator[bytes]:
+        return self.images.told()
+
+
 def fingerprint(train: Images, test: Images) -> dict[str, Any]:
     """What the data set holds: {"train": n, "eval": n, "classes": n, "digest": hex}, the same wherever it lies.
 
