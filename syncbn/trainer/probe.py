@@ -22,6 +22,8 @@ REPEATS = 3  # steps that are timed, after one that is not
 ROOM = 0.9  # of a GPU's memory: what DDP, NCCL and the allocator's gaps take is not in the measurement
 WORTH = 1.05  # times the images/s, for twice the batch on a CPU
 
+Clock = Callable[[], float]  # seconds
+
 
 @dataclass(frozen=True)
 class Found:
@@ -34,7 +36,7 @@ class Found:
         return f"{self.batch_per_rank} images a rank, {self.images_per_s:.0f} images/s before gradients are shared"
 
 
-def batch_per_rank(parts: Parts, config: Config, ranks: World) -> Found:
+def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = time.perf_counter) -> Found:
     """Try 2, 4, 8, ... images a rank in whole steps, until memory is short or, on a CPU, nothing is gained any more.
 
     Each rank tries by itself, with all others at the same time; what does not fit on one fits on none.
@@ -52,7 +54,7 @@ def batch_per_rank(parts: Parts, config: Config, ranks: World) -> Found:
     batch = SMALLEST
     while batch <= most:
         with ranks.together():
-            speed = images_per_s(take_step, batch, ranks.device)
+            speed = images_per_s(take_step, batch, ranks.device, clock)
         speeds = ranks.everyone(speed)
         if not all(speeds):
             break
@@ -88,10 +90,10 @@ def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]
     return take_step
 
 
-def images_per_s(take_step: Callable[[int], None], batch: int, device: torch.device) -> float:
+def images_per_s(take_step: Callable[[int], None], batch: int, device: torch.device, clock: Clock) -> float:
     """How fast this rank is with such batches; 0 if they do not fit into its memory."""
     try:
-        times = [timed(take_step, batch, device) for _ in range(1 + REPEATS)][1:]
+        times = [timed(take_step, batch, device, clock) for _ in range(1 + REPEATS)][1:]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -106,10 +108,10 @@ def images_per_s(take_step: Callable[[int], None], batch: int, device: torch.dev
     return batch / median(times) if fits else 0.0
 
 
-def timed(take_step: Callable[[int], None], batch: int, device: torch.device) -> float:
+def timed(take_step: Callable[[int], None], batch: int, device: torch.device, clock: Clock) -> float:
     """Seconds that a step takes."""
-    began = time.perf_counter()
+    began = clock()
     take_step(batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began

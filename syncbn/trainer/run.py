@@ -55,8 +55,7 @@ def evaluate(config: Config, ranks: World) -> int:
     norms.refuse_misfit(needed.norm, ranks.size)
     start = resume.find_at(Path(config.checkpoint.resume), ranks)
     with ranks.together():
-        trained = start if config.drift.recalibrate else None
-        parts = build(needed, ranks, trained, trained and trained.global_batch)
+        parts = build(needed, ranks, start if config.drift.recalibrate else None)
         evaluation.take_over(parts, start, config)
     refuse_other_data(parts.data, ranks)
     evaluation.show(parts, start, config, ranks)
@@ -83,9 +82,10 @@ def train_on(config: Config, ranks: World) -> int:
 def train_in(folder: RunFolder, settings: dict[str, Any], config: Config, ranks: World, stop: Stop) -> int:
     """Train in a folder that is this job's own: the exit code, which rank 0's is. Collective."""
     start = resume.find(config.checkpoint.resume, folder, settings, ranks)
-    global_batch = (start and start.global_batch) or found_out(config, ranks)
+    kept = start and start.global_batch
+    found = found_out(config, ranks) if config.data.batch_per_rank == data.AUTO and not kept else None
     with ranks.together():
-        parts = build(config, ranks, start, global_batch)
+        parts = build(config, ranks, start, found)
         if start:
             start.refuse_changed(parts.data)
     refuse_other_data(parts.data, ranks)
@@ -129,10 +129,8 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
     return 0
 
 
-def found_out(config: Config, ranks: World) -> int | None:
-    """The global batch that data.batch_per_rank=auto comes to on these ranks; None if it is given. Collective."""
-    if config.data.batch_per_rank != data.AUTO:
-        return None
+def found_out(config: Config, ranks: World) -> int:
+    """The global batch that data.batch_per_rank=auto comes to on these ranks. Collective."""
     alone = replace(
         config,
         data=replace(config.data, batch_per_rank=1),
@@ -147,8 +145,8 @@ def found_out(config: Config, ranks: World) -> int | None:
     return found.batch_per_rank * ranks.size
 
 
-def build(config: Config, ranks: World, start: Start | None = None, global_batch: int | None = None) -> Parts:
-    """Data, model and task. No rank speaks to another here. global_batch: see data.build."""
+def build(config: Config, ranks: World, start: Start | None = None, found: int | None = None) -> Parts:
+    """Data, model and task. No rank speaks to another here. found: by found_out; of a start, its own is kept."""
     if config.train.cuda_graph:
         graph.prepare(ranks.device)
     seed_generators(config.seed)
@@ -159,7 +157,7 @@ def build(config: Config, ranks: World, start: Start | None = None, global_batch
         seed=config.seed,
         accumulate=config.train.accumulate,
         memory_format=memory_format,
-        global_batch=global_batch,
+        global_batch=(start and start.global_batch) or found,
         start=start.state["step"] if start else 0,
     )
     model = models.build(config.model, len(images.classes)).to(ranks.device)
