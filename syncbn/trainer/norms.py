@@ -45,11 +45,9 @@ def refuse_misfit(config: NormConfig, ranks: int) -> None:
 
 def of_one_rank(config: NormConfig) -> NormConfig:
     """The same norm where no rank sends anything, for measuring one alone."""
-    return (
-        NormConfig("local")
-        if config.name == "torch"
-        else replace(config, group=1 if config.name == "sync" else "world")
-    )
+    if config.name == "torch":
+        return NormConfig("local")
+    return replace(config, group=1) if config.name == "sync" else config
 
 
 def convert(model: nn.Module, config: NormConfig, device: torch.device) -> tuple[nn.Module, int]:

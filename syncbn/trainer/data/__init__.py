@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
-from syncbn.trainer.data.sources import SOURCES, Spread, fingerprint
+from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
@@ -135,13 +135,7 @@ def build(
             it, a run that goes on with another number of ranks keeps its steps. Required if that is auto.
         start: the optimiser step that train begins with.
     """
-    from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
-
-    train, test = SOURCES[config.name](config)
-    if config.train_images > len(train):
-        raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")
-    if config.train_images:
-        train = Spread(train, config.train_images)
+    train, test = _images(config)
     ranks = {"rank": world.rank, "world_size": world.size}
     told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:
@@ -155,17 +149,7 @@ def build(
         raise UserError(
             f"{told}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
-    training = Samples(
-        train,
-        transforms.for_training(config),
-        seed=seed,
-        mix=transforms.for_batches(config.augment, len(train.classes)),
-        skip_broken=config.skip_broken,
-        cache=config.cache,
-    )
-    evaluation = Samples(
-        test, transforms.for_eval(config), seed=seed, skip_broken=config.skip_broken, cache=config.cache
-    )
+    training, evaluation = _samples(config, train, test, seed=seed)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)
 
     def batches(samples: Samples, sampler: TrainSampler | EvalSampler, workers: int = config.workers) -> Batches:
@@ -191,6 +175,24 @@ def build(
         len(sampler.mine) * world.size / global_batch,
         fingerprint(train, test),
     )
+
+
+def _images(config: DataConfig) -> tuple[Images, Images]:
+    """Those to train on, and those for evaluation."""
+    train, test = SOURCES[config.name](config)
+    if config.train_images > len(train):
+        raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")
+    return Spread(train, config.train_images) if config.train_images else train, test
+
+
+def _samples(config: DataConfig, train: Images, test: Images, *, seed: int) -> tuple[Samples, Samples]:
+    """The same, as they go into batches."""
+    from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
+
+    mix = transforms.for_batches(config.augment, len(train.classes))
+    common: dict[str, Any] = {"seed": seed, "skip_broken": config.skip_broken, "cache": config.cache}
+    training = Samples(train, transforms.for_training(config), mix=mix, **common)
+    return training, Samples(test, transforms.for_eval(config), **common)
 
 
 def _as_they_are(batch: Any) -> Any:
