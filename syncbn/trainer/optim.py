@@ -22,8 +22,8 @@ SCALINGS: dict[str, Callable[[float], float]] = {
 @dataclass
 class OptimConfig:
     name: str = "sgd"  # sgd or adamw
-    lr: float = 0.1  # at a global batch of lr_batch images
-    lr_batch: int = 256
+    lr: float = 0.1  # at lr_batch images a step
+    lr_batch: int = 256  # images of a step that lr is meant for; the rate of another number is by scaling
     scaling: str = "linear"  # the rate used is lr * r, r = images a step / lr_batch; sqrt: lr * sqrt(r); none: lr
     weight_decay: float = 5e-4
     decay_norms_and_biases: bool = False  # weight decay on vectors too: norms' weights and all biases
