@@ -76,6 +76,9 @@ def convert(
     has a hook of such a ReLU, and a hook of the layer sees what the ReLU gave. The terms of a fused addition must be
     of one shape; the sum has the dtype of the layer's output.
 
+    momentum stays the weight of the new batch, as torch has it, and running_var unbiased. Keras' momentum is 1 - that,
+    and its moving variance biased: docs/norms.md tells how weights are carried over.
+
     Args:
         model: any module; a batch norm layer itself converts too.
         group: the ranks that form one batch: see `syncbn.Group`. An nn.SyncBatchNorm with a process_group of its own
