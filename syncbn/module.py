@@ -103,6 +103,21 @@ class SyncBatchNorm(_BatchNorm):
         relu = functional.checked(activation or self.activation) == "relu"
         if not self.training:
             return self._by_running_statistics(x, residual, relu)
+        return self.by_batch(x, self.weight, self.bias, mask, residual, relu)[0]
+
+    def by_batch(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> tuple[Tensor, Moments]:
+        """What forward does in training, by another weight and bias: y, and the Moments of the whole batch.
+
+        For subclasses that do more with them. The running buffers have moved afterwards.
+        """
         recall = None
         if not torch.compiler.is_compiling() and recompute.possible():
             recall = vars(self).setdefault("_recall", recompute.Recall())
@@ -110,8 +125,8 @@ class SyncBatchNorm(_BatchNorm):
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
         y, moments = functional.batch_norm(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             mask,
             residual,
             self.eps,
@@ -123,7 +138,7 @@ class SyncBatchNorm(_BatchNorm):
         )
         if not recomputing:
             self._update_running(x, moments)
-        return y
+        return y, moments
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
         spec = vars(self)["_spec"]

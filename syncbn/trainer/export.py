@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.trainer import models, resume
+from syncbn.trainer import models, norms, resume
 from syncbn.trainer.checkpoint import first_line
 from syncbn.trainer.console import Screen, shown
 from syncbn.trainer.errors import USER_ERROR, UserError
 from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.norms import NormConfig
 from syncbn.trainer.training import State, best_weights
 
 
@@ -26,8 +27,9 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
     """Write weights.pt, program.pt2 and model.json; what to tell of them, a line each.
 
     weights.pt is a state_dict, of the average if there is one, that the model by the same name loads, torchvision's or
-    ours, with nn.BatchNorm layers. program.pt2 is a torch.export program of the model in eval mode, from float32
-    images [N, 3, H, W] to scores [N, classes], for any N. model.json tells what to feed them.
+    ours, with nn.BatchNorm layers, or those of its norm, where that is no batch norm. program.pt2 is a torch.export
+    program of the model in eval mode, from float32 images [N, 3, H, W] to scores [N, classes], for any N. model.json
+    tells what to feed them.
 
     Args:
         source: a checkpoint, or a run's folder for its latest.
@@ -55,7 +57,8 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
         raise UserError(f"{folder} cannot be written ({first_line(error)}): give another folder with -o") from None
     return {
         "checkpoint": f"{path}, step {facts['step']}",
-        "weights": f"{weights}, a state_dict of {facts['model']} with plain batch norm",
+        "weights": f"{weights}, a state_dict of {facts['model']} with "
+        + ("plain batch norm" if is_plain(norm_of(state)) else f"norm={facts['norm']}"),
         "program": f"{program}, for torch.export.load",
         "facts": str(card),
         "images": f"float32 [N, 3, {height}, {width}], pixels in 0..1, then (pixel - mean) / std",
@@ -73,6 +76,7 @@ def described(state: State, size: int | None) -> dict[str, Any]:
         raise UserError("the checkpoint is from before the first image: give the side of images in pixels, --size N")
     return {
         "model": state["config"]["model"]["name"],
+        "norm": norm_of(state).name,
         "classes": state["classes"],
         "size": state["image_shape"][1:] if size is None else [size, size],  # height, width
         "mean": coloured(data["mean"]),
@@ -83,11 +87,24 @@ def described(state: State, size: int | None) -> dict[str, Any]:
 
 
 def plain_model(state: State, path: Path) -> nn.Module:
-    """The model of a checkpoint in eval mode, on the CPU, its batch norm torch's."""
-    name = state["config"]["model"]["name"]
+    """The model of a checkpoint in eval mode, on the CPU, its batch norm torch's; another norm is as it was trained."""
+    name, norm = state["config"]["model"]["name"], norm_of(state)
     model = models.build(ModelConfig(name=name), len(state["classes"]))
+    if is_plain(norm):
+        model = syncbn.revert(model)  # a user's own builder may have converted it
+    else:
+        model, _ = norms.convert(model, norm, norms.Place(torch.device("cpu")))
     models.load_all(model, best_weights(state), name, path)
-    return syncbn.revert(model).eval()  # a user's own builder may have converted it
+    return model.eval()
+
+
+def norm_of(state: State) -> NormConfig:
+    return NormConfig(**state["config"]["norm"])
+
+
+def is_plain(norm: NormConfig) -> bool:
+    """Whether a model with the norm is one with nn.BatchNorm, in eval."""
+    return norms.NORMS[norm.name].running
 
 
 def traced(model: nn.Module, height: int, width: int, weights: Path) -> torch.export.ExportedProgram:

@@ -4,6 +4,7 @@ import re
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
@@ -21,6 +22,8 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
         return diverged(error)
     if is_out_of_memory(error):
         return out_of_memory(error, config, rank)
+    if isinstance(error, ValueError) and re.search("(more than 1|one) value per channel", str(error)):
+        return one_value(error, training, config)
     if config.train.compile and (broken := graph_break(error)):
         return broken
     if lost_another(error):
@@ -46,6 +49,33 @@ def out_of_memory(error: BaseException, config: Config, rank: int) -> UserError:
         f"data.batch_per_rank={config.data.batch_per_rank}, and raise train.accumulate={config.train.accumulate} to "
         "keep the images of a step; train.precision=bf16 takes less too"
     )
+
+
+def one_value(error: ValueError, training: Training, config: Config) -> UserError:
+    """What to say where a norm was given one value per channel, of which there is no variance."""
+    norm, mends = config.norm.name, [f"raise data.batch_per_rank={config.data.batch_per_rank}"]
+    if norm == "instance":  # takes each image by itself, so more of them are no help
+        mends = []
+    elif norm in ("local", "torch", "ghost"):
+        mends.append("take norm=sync, over all ranks")
+    text = f"norm={norm} has one value per channel to take a variance of{at_layer(error, training.model.module)}"
+    return UserError(
+        f"{text}: {', '.join([*mends, 'give larger images (data.size=)'])}, or norm=group",
+        # Else a rank may have fewer images than the others
+        on_every_rank=training.data.share == 1 and not config.data.skip_broken,
+    )
+
+
+def at_layer(error: BaseException, model: nn.Module) -> str:
+    """In which layer of the model the error was raised, the innermost, and the shape that it tells."""
+    names = {module: name for name, module in model.named_modules() if name}
+    layer, frame = None, error.__traceback__
+    while frame:
+        module = frame.tb_frame.f_locals.get("self")
+        layer = names.get(module, layer) if isinstance(module, nn.Module) else layer
+        frame = frame.tb_next
+    shape = re.search(r"[\[(]\d[\d, ]*[\])]", str(error))
+    return (f", at {layer}" if layer else "") + (f", whose input is {shape[0]}" if shape else "")
 
 
 def graph_break(error: BaseException) -> UserError | None:

@@ -10,9 +10,11 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import export
+from syncbn.trainer import export, models, norms
 from syncbn.trainer.checkpoint import parse, read, write
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.norms import NormConfig, Place
 from syncbn.trainer.resume import load
 from syncbn.trainer.training import best_weights
 from tests.ranks import run_ranks
@@ -97,6 +99,31 @@ def run_alone(program, batches, tmp_path):
     return torch.load(scores, weights_only=True)
 
 
+ANOTHER_NORM = [word for word, norm in norms.NORMS.items() if word != "torch"]
+
+
+@pytest.mark.plain("evonorm_s0", "batch_renorm")
+@pytest.mark.parametrize("word", ANOTHER_NORM)
+def test_a_checkpoint_of_any_norm_is_exported(tmp_path, word, capsys):
+    """Weights, and a program of those that scores as the model did that was trained."""
+    # Maps of 2×2 in the end
+    run_ranks(train, 2, tmp_path / "r", {"data": {"batch_per_rank": 2}, "norm": {"name": word}})
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "r")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"resnet8 with {'plain batch norm' if norms.NORMS[word].running else f'norm={word}'}" in told
+    model = models.build(ModelConfig("resnet8"), 10)
+    if not norms.NORMS[word].running:
+        model, _ = norms.convert(model, NormConfig(word), Place(torch.device("cpu")))
+    weights = torch.load(tmp_path / "r" / "export" / "weights.pt", weights_only=True)
+    model.load_state_dict(weights, strict=True)
+    assert_close(weights, load(tmp_path / "r")[1]["model"])
+    images = torch.randn(3, 3, 8, 8)
+    program = torch.export.load(tmp_path / "r" / "export" / "program.pt2").module()
+    assert_close(program(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "r" / "export" / "model.json").read_text())["norm"] == word
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_program_runs_with_torch_alone_on_any_number_of_images(runs, name, tmp_path):
@@ -118,6 +145,7 @@ def test_the_facts_say_what_images_to_give(exported):
     figures = facts.pop("eval")
     assert facts == {
         "model": "resnet18",
+        "norm": "sync",
         "classes": [str(i) for i in range(10)],
         "size": [32, 32],
         "mean": [0.4, 0.4, 0.4],

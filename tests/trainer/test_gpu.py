@@ -52,7 +52,7 @@ def train(rank, ranks, config, optimiser, norm, folder):
     digits = DataConfig(batch_per_rank=8, augment=AugmentConfig(pad=1, mixup=0.2))
     images = data.build(digits, world, seed=0, accumulate=config.accumulate, memory_format=torch.channels_last)
     model = nn.Sequential(nn.Dropout2d(0.1), SmallResNet(8, 10, width=16)).to(device, memory_format=torch.channels_last)
-    model, _ = norms.convert(model, norms.NormConfig(norm), device)
+    model, _ = norms.convert(model, norms.NormConfig(norm), norms.Place(device, ranks))
     average = Average(model, 0.9)
     if config.compile:
         model.compile(fullgraph=True)

@@ -32,6 +32,6 @@ def train(rank, folder, settings):
     config: Config = typed({**settings, "train": {"steps": 3, **settings.get("train", {})}})
     world = ranks_world(rank)
     training = assemble(build(config, world), config, world)
-    training.recalibrate = config.drift.recalibrate
+    training.recalibrate = config.eval.recalibrate
     shelf = Shelf(folder / "checkpoints", config) if rank == 0 else None
     return fit(training, config.train, world, keeper=Keeper(world, shelf), save_every=config.checkpoint.every)

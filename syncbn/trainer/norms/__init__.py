@@ -1,0 +1,254 @@
+"""Every normalisation that the trainer can put in a model's place for batch norm, by name."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import syncbn
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.norms import activations, local, renorm, sample, swap
+from syncbn.trainer.norms.activated import EvoNormS0, FilterResponseNorm
+
+
+@dataclass
+class NormConfig:
+    name: str = "sync"  # sync, local, torch, group, layer, instance, batch_renorm, ghost, frozen, ...: see conf/norm
+    group: Any = "world"  # ranks that form one batch: world, node, so many consecutive ones, or {samples: n}
+    fuse: bool = False  # the layers also do the ReLU after them and the addition between
+    momentum: int | float | str | None = None  # of running statistics; none: the model's; auto: docs/norms.md
+    groups: int = 32  # groups of channels, at most: the largest number that divides them and leaves two in each
+    sub_batch: int = 32  # norm=ghost: images of a rank that are one batch; 32 as in docs/norms.md
+    renorm_steps: int = 1000  # norm=batch_renorm: forwards until r and d may be as large as the paper has them
+
+    def __post_init__(self) -> None:
+        if self.name not in NORMS:
+            raise UserError(f"norm={self.name}: choose one of {', '.join(NORMS)}")
+        if not _is_group(self.group):
+            raise UserError(
+                f"norm.group={self.group}: give world, node, a number of ranks, 1 or more, or {{samples: n}}, n 1 or "
+                "more, for the fewest ranks that hold so many images"
+            )
+        if not _is_momentum(self.momentum):
+            raise UserError(f"norm.momentum={self.momentum}: give a number above 0 up to 1, auto, or null")
+        for key in "groups", "sub_batch", "renorm_steps":
+            if getattr(self, key) < 1:
+                raise UserError(f"norm.{key}={getattr(self, key)}: give 1 or more")
+        for key in fields(self)[1:]:
+            value, able = getattr(self, key.name), [word for word, norm in NORMS.items() if key.name in norm.keys]
+            if value != key.default and self.name not in able:
+                raise UserError(
+                    f"norm.{key.name}={_told(value)} with norm={self.name}: only norm={', '.join(able)} "
+                    f"{'has' if len(able) == 1 else 'have'} that; take it, or no norm.{key.name}="
+                )
+
+
+def _told(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_group(group: Any) -> bool:
+    if isinstance(group, Mapping):
+        return group.keys() == {"samples"} and _is_count(group["samples"])
+    return group in ("world", "node") if isinstance(group, str) else _is_count(group)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_momentum(momentum: Any) -> bool:
+    number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+    return momentum in (None, "auto") or (number and 0 < momentum <= 1)
+
+
+class Place(NamedTuple):
+    """What a norm can know of the job. images: of one forward of all ranks. node_ranks: ranks on this machine."""
+
+    device: torch.device
+    ranks: int = 1
+    node_ranks: int = 1
+    images: int = 1
+
+
+class Converted(NamedTuple):
+    """What was done to a model: of `found` batch norm layers `changed`; what else is to be told of it."""
+
+    changed: int
+    found: int
+    told: list[str]
+
+
+def refuse_misfit(config: NormConfig, ranks: int) -> None:
+    """Raise UserError if so many ranks cannot be divided into the groups that the config asks for."""
+    if isinstance(config.group, int) and ranks % config.group:
+        fit = ", ".join(str(group) for group in range(1, ranks + 1) if ranks % group == 0)
+        raise UserError(
+            f"norm.group={config.group} does not divide the {ranks} ranks of this job: give it as many ranks as make "
+            f"whole groups, or norm.group= one of {fit}, world, node",
+            on_every_rank=True,
+        )
+
+
+def of_one_rank(config: NormConfig) -> NormConfig:
+    """The same norm where no rank sends anything, for measuring one alone."""
+    if config.name == "torch":
+        return NormConfig("local")
+    return replace(config, group=1) if "group" in NORMS[config.name].keys else config
+
+
+def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Converted]:
+    """The model with its batch norm layers replaced as the config says, and what was done.
+
+    A layer stays the object that it is, with its weight, bias, eps and hooks (norm=torch aside, where torch makes new
+    ones). Call it once, last: after weights are loaded and before the model is wrapped for the ranks.
+    """
+    before = {layer: type(layer) for layer in batch_norms(model)}
+    model, told = NORMS[config.name].convert(model, config, place)
+    momentum = momentum_of(config, place)
+    for layer in batch_norms(model) if momentum is not None else ():
+        layer.momentum = momentum
+    after = set(model.modules())
+    changed = sum(layer not in after or type(layer) is not kind for layer, kind in before.items())
+    return model, Converted(changed, len(before), list(told))
+
+
+def momentum_of(config: NormConfig, place: Place) -> float | None:
+    """The momentum of running statistics that the config asks for; None: as the model has it.
+
+    "auto" is 1 - 0.9 ** (n / 32), n the images of one norm batch: running statistics then forget as much by 32 images
+    as torch's 0.1 does by a batch of 32, whatever the batch. Each forward moves them once, so train.accumulate has no
+    part in it. docs/norms.md derives it.
+    """
+    if config.momentum != "auto":
+        return config.momentum  # pyright: ignore[reportReturnType]
+    return 1 - 0.9 ** (images_of_a_batch(config, place) / 32)
+
+
+def images_of_a_batch(config: NormConfig, place: Place) -> float:
+    """The images that a norm takes its statistics of, on average over ranks."""
+    each, group = place.images / place.ranks, config.group
+    if config.name == "ghost":
+        return min(each, config.sub_batch)
+    if config.name not in ("sync", "torch", "batch_renorm"):
+        return each
+    if isinstance(group, Mapping):
+        divisors = (k for k in range(1, place.ranks + 1) if place.ranks % k == 0)
+        group = next((k for k in divisors if k * (place.images // place.ranks) >= group["samples"]), place.ranks)
+    words: dict[Any, int] = {"world": place.ranks, "node": place.node_ranks}
+    return each * words.get(group, group)
+
+
+def nothing_converted(model: nn.Module) -> str:
+    """Why a conversion found nothing, in words: what the model normalises with instead."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower())
+    if not kinds:
+        return "the model has no normalisation layer"
+    has = ", ".join(f"{name} ×{n}" for name, n in kinds.items())
+    return f"the model has {has}, and only batch norm layers that take statistics are converted"
+
+
+def batch_norms(model: nn.Module) -> list[Any]:
+    """Every batch norm layer of the model, synchronised or not."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def synchronised(model: nn.Module) -> bool:
+    """Whether every batch norm of the model has the same buffers on every rank by construction."""
+    return all(_of_all_ranks(layer) for layer in batch_norms(model))
+
+
+def _of_all_ranks(layer: nn.Module) -> bool:
+    if isinstance(layer, syncbn.SyncBatchNorm):
+        return layer.group == "world"
+    return isinstance(layer, nn.SyncBatchNorm | local.FrozenBatchNorm)
+
+
+class Norm(NamedTuple):
+    """One word.
+
+    convert: changes the model, in place where it can; what is to be told.
+    keys: of NormConfig, those that it has.
+    running: its state is nn.BatchNorm's, with running statistics; a model with it is plain batch norm in eval.
+    """
+
+    convert: Callable[[nn.Module, NormConfig, Place], tuple[nn.Module, Iterable[str]]]
+    keys: tuple[str, ...] = ()
+    running: bool = False
+
+
+def _sync(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    # That nothing was found is said once, by rank 0's Watch
+    return syncbn.convert(model, group=config.group, fuse=config.fuse, report=lambda _: None), ()
+
+
+def _local(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    return model, ()
+
+
+def _torch(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    if place.device.type != "cuda":
+        raise UserError(f"norm=torch on {place.device.type}: torch.nn.SyncBatchNorm runs on GPUs only; take norm=sync")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model), ()
+
+
+def _each(make: Callable[[_BatchNorm, NormConfig], nn.Module]) -> Callable[..., tuple[nn.Module, Iterable[str]]]:
+    def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+        swap.each(model, lambda layer: make(layer, config))
+        return model, ()
+
+    return convert
+
+
+def _batch_renorm(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    return renorm.convert(model, config.group, config.renorm_steps), ()
+
+
+def _ghost(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    local.ghost(model, config.sub_batch)
+    return model, ()
+
+
+def _frozen(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    local.freeze(model)
+    return model, ()
+
+
+def _group(layer: _BatchNorm, config: NormConfig) -> nn.Module:
+    return sample.group_norm(layer, config.groups)
+
+
+def _ws_group(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    if swap.plain(model):
+        sample.standardise(model)
+    return _each(_group)(model, config, place)
+
+
+def _evonorm_s0(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    return model, activations.convert(model, partial(EvoNormS0, most_groups=config.groups))
+
+
+def _frn(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
+    return model, activations.convert(model, FilterResponseNorm)
+
+
+NORMS = {
+    "sync": Norm(_sync, ("group", "fuse", "momentum"), running=True),  # Peng et al. 2018, arXiv:1711.07240
+    "local": Norm(_local, ("momentum",), running=True),  # Ioffe & Szegedy 2015, arXiv:1502.03167
+    "torch": Norm(_torch, ("momentum",), running=True),
+    "group": Norm(_each(_group), ("groups",)),  # Wu & He 2018, arXiv:1803.08494
+    "layer": Norm(_each(lambda layer, _: nn.GroupNorm(1, layer.num_features, affine=False))),  # Ba 2016, 1607.06450
+    "instance": Norm(_each(lambda layer, _: sample.InstanceNorm(layer.num_features))),  # Ulyanov 2016, 1607.08022
+    "batch_renorm": Norm(_batch_renorm, ("group", "momentum", "renorm_steps"), running=True),  # Ioffe 2017, 1702.03275
+    "ghost": Norm(_ghost, ("sub_batch", "momentum"), running=True),  # Hoffer et al. 2017, arXiv:1705.08741
+    "frozen": Norm(_frozen, running=True),
+    "ws_group": Norm(_ws_group, ("groups",)),  # Qiao et al. 2019, arXiv:1903.10520
+    "evonorm_s0": Norm(_evonorm_s0, ("groups",)),  # Liu et al. 2020, arXiv:2004.02967
+    "frn": Norm(_frn),  # Singh & Krishnan 2020, arXiv:1911.09737
+    "none": Norm(_each(lambda layer, _: sample.Scale())),  # as Fixup's and SkipInit's baselines, 1901.09321, 2002.10444
+}

@@ -1,0 +1,71 @@
+"""One value a channel, of which no norm can take a variance, is told in one line: the layer, its input, the mend."""
+
+import pytest
+from torch import nn
+
+from syncbn.trainer.config import typed
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.failures import explained
+from syncbn.trainer.loop import fit
+from syncbn.trainer.run import assemble, build
+from tests.ranks import run_ranks
+from tests.trainer.test_loop import world_of
+
+
+def shrinking(num_classes):
+    """Maps of 1×1 from images of 8×8, in the second of two blocks."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+    ]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def train(rank, norm, batch):
+    """What a training of one step ends with."""
+    model = {"name": f"{__name__}:shrinking"}
+    config = typed({"norm": norm, "data": {"batch_per_rank": batch}, "model": model, "train": {"steps": 1}})
+    world = world_of(rank)
+    training = assemble(build(config, world), config, world)
+    try:
+        fit(training, config.train, world)
+    except Exception as error:
+        told = explained(error, training, config, rank)
+        return type(told), str(told), getattr(told, "on_every_rank", None)
+    return None
+
+
+HERE = "one value per channel to take a variance of, at 1.1, whose input is"
+REFUSED = {
+    "local": (
+        {"name": "local"}, 1, 2,
+        f"norm=local has {HERE} [1, 4, 1, 1]: raise data.batch_per_rank=1, take norm=sync, over all ranks, give larger "
+        "images (data.size=), or norm=group",
+    ),
+    "ghost": ({"name": "ghost", "sub_batch": 1}, 2, 2, f"norm=ghost has {HERE} [1, 4, 1, 1]: raise data.batch"),
+    "sync-alone": (
+        {"name": "sync", "group": 1}, 1, 2,
+        f"norm=sync has {HERE} (1, 4, 1, 1): raise data.batch_per_rank=1, give larger images (data.size=), or no",
+    ),
+    "instance": (
+        {"name": "instance"}, 4, 2,
+        f"norm=instance has {HERE} [4, 4, 1, 1]: give larger images (data.size=), or norm=group",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "batch", "ranks", "said"), REFUSED.values(), ids=REFUSED)
+def test_it_is_told_by_every_rank_in_a_line(norm, batch, ranks, said):
+    for kind, line, on_every_rank in run_ranks(train, ranks, norm, batch):
+        assert kind is UserError
+        assert line.startswith(said)
+        assert "\n" not in line
+        assert on_every_rank
+
+
+@pytest.mark.parametrize(
+    ("norm", "batch"),
+    [({"name": "sync"}, 1), ({"name": "batch_renorm"}, 1), ({"name": "group"}, 1), ({"name": "local"}, 2)],
+)
+def test_where_there_are_two_it_trains(norm, batch):
+    assert run_ranks(train, 2, norm, batch) == [None, None]
