@@ -28,23 +28,24 @@ WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
 class DriftConfig:
     level: str = "image"  # what to compare between ranks at each log step: image (ranks and images), rank, or off
     alpha: float = 1e-3  # chance of a false alarm that is taken at each log step
-    recalibrate: int = 0  # training batches per rank, at each eval, for statistics to show what the running ones miss
 
     def __post_init__(self) -> None:
         if self.level not in ("image", "rank", "off"):
             raise UserError(f"drift.level={self.level}: choose one of image, rank, off")
         if not 0 < self.alpha < 1:
             raise UserError(f"drift.alpha={self.alpha}: give a probability between 0 and 1, such as 0.001")
-        if self.recalibrate < 0:
-            raise UserError(f"drift.recalibrate={self.recalibrate}: give 0 (off) or more batches")
 
 
-def monitor(model: nn.Module, config: DriftConfig) -> syncbn.DriftMonitor | None:
-    """Watch the model's batch norm layers as the config says; none if there are none, or it says off. Collective."""
+def monitor(model: nn.Module, config: DriftConfig, *, expected: bool = True) -> syncbn.DriftMonitor | None:
+    """Watch the model's batch norm layers as the config says; none if it says off, or if there are none. Collective.
+
+    Frozen layers are none. expected: whether to warn of that; not where the norm that was chosen is such a one.
+    """
     if config.level == "off":
         return None
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        log.warning("the model has no batch norm layer: there is no drift to measure")
+    if not any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+        if expected:
+            log.warning("the model has no batch norm layer: there is no drift to measure")
         return None
     return syncbn.DriftMonitor(model, level=config.level, alpha=config.alpha)  # pyright: ignore[reportArgumentType]
 
@@ -101,15 +102,17 @@ KINDS = ("buffers diverged", "shards differ", "running statistics lag", "batch t
 
 def recalibrated(
     model: nn.Module, batches: Iterable[Batch], autocast: AbstractContextManager
-) -> tuple[nn.Module, dict[str, float]]:
+) -> tuple[nn.Module, dict[str, float]] | None:
     """A copy of the model with the statistics of these batches of all ranks, and what the model's own miss, in nats.
 
     The latter is drift/<layer>/gap, the mean over channels of KL(N(running_mean, running_var) ‖ N(mean, var)).
-    Collective.
+    Collective. None, on every rank, if no layer of the model moves running statistics in training.
 
     Source: Wu & Johnson 2021, arXiv:2105.07576 (PreciseBN).
     """
-    exact = deepcopy(model)
+    exact = deepcopy(model).train()  # in which frozen layers stay in eval
+    if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in exact.modules()):
+        return None
     with autocast:
         population = syncbn.recalibrate(exact, batches, forward=lambda net, batch: net(batch.images))
     own: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def needed(config: Config) -> Config:
     """The config to build from: nothing in it that training alone needs could refuse other data."""
     config = replace(config, model=replace(config.model, weights=None), train=replace(config.train, cuda_graph=False))
-    if config.drift.recalibrate:  # takes training batches, as they were
+    if config.eval.recalibrate:  # takes training batches, as they were
         return config
     return replace(
         config,
@@ -68,7 +68,7 @@ def compare(data: Data, start: Start) -> None:
 
 def show(parts: Parts, start: Start, config: Config, ranks: World) -> None:
     """Evaluate, show the figures, and leave them where the launcher looks for them. Collective."""
-    recalibrate = config.drift.recalibrate
+    recalibrate = config.eval.recalibrate
     figures = evaluate_all(parts.model, parts.task, parts.data, config.train, ranks, recalibrate=recalibrate)
     if ranks.rank > 0:
         return

@@ -58,6 +58,15 @@ class TrainConfig:
         return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
 
+@dataclass
+class EvalConfig:
+    recalibrate: int = 0  # training batches per rank whose exact statistics each eval is also done with (PreciseBN)
+
+    def __post_init__(self) -> None:
+        if self.recalibrate < 0:
+            raise UserError(f"eval.recalibrate={self.recalibrate}: give 0 (off) or more batches")
+
+
 class Observer(Protocol):
     """Whoever watches a training, on rank 0."""
 
@@ -280,10 +289,12 @@ def evaluate_recalibrated(
 ) -> dict[str, float]:
     """The metrics with the statistics of training batches in place of the running ones, and what these miss.
 
-    What the metrics differ by, the running statistics cost. Collective.
+    What the metrics differ by, the running statistics cost. Empty, if the model has none that move. Collective.
     """
-    batches = islice(data.sample, recalibrate)
-    model, gaps = drift.recalibrated(model, batches, autocast(config, world))
+    recalibrated = drift.recalibrated(model, islice(data.sample, recalibrate), autocast(config, world))
+    if recalibrated is None:
+        return {}
+    model, gaps = recalibrated
     figures = evaluate(model, task, data.eval, config, world, stop)
     renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
     unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")

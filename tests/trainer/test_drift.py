@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 import syncbn
 from syncbn import Reading, Verdict
-from syncbn.trainer import drift, loop
+from syncbn.trainer import drift, loop, norms
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.metrics import Record
+from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.norms import NormConfig, Place
 from syncbn.trainer.run import assemble, build
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of
@@ -41,7 +43,7 @@ def train(rank, overrides):
     world, log = world_of(rank), Readings()
     parts = build(config, world)
     training = assemble(parts, config, world)
-    training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
+    training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.eval.recalibrate
     figures = loop.fit(training, config.train, world, log, log)
     return log.readings, log.lines, training.model.module.state_dict(), figures
 
@@ -72,7 +74,7 @@ def test_measuring_changes_no_bit_of_what_is_learnt(norm, level):
 def test_recalibrating_shows_what_running_statistics_miss_and_changes_nothing(extra):
     settings = {"train": {**STEPS["train"], **extra}}
     _, _, want, plain = run_ranks(train, 2, settings)[0]
-    _, lines, got, figures = run_ranks(train, 2, {**settings, "drift": {"recalibrate": 8}})[0]
+    _, lines, got, figures = run_ranks(train, 2, {**settings, "eval": {"recalibrate": 8}})[0]
     assert_close(got, want, rtol=0, atol=0)
     assert plain["eval/accuracy"] == figures["eval/accuracy"]
     assert figures["eval/recalibrated_accuracy"] != figures["eval/accuracy"]
@@ -103,12 +105,34 @@ def test_a_model_without_batch_norm_trains_on_and_says_so(caplog):
     assert "the model has no batch norm layer: there is no drift to measure" in caplog.text
 
 
+@pytest.mark.parametrize("word", ["group", "frozen"])
+def test_a_norm_that_takes_no_statistics_of_a_batch_is_no_reason_to_warn(word, caplog):
+    model, _ = norms.convert(SmallResNet(8, 10), NormConfig(word), Place(torch.device("cpu")))
+    assert drift.monitor(model, drift.DriftConfig(), expected=norms.NORMS[word].running and word != "frozen") is None
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("word", ["group", "frozen", "none"])
+def test_without_statistics_that_move_there_is_nothing_to_recalibrate(word):
+    model, _ = norms.convert(SmallResNet(8, 10), NormConfig(word), Place(torch.device("cpu")))
+    assert drift.recalibrated(model.eval(), [], nullcontext()) is None
+
+
+def test_recalibrating_leaves_frozen_layers_as_they_are():
+    frozen, _ = norms.convert(nn.Sequential(nn.BatchNorm2d(2)), NormConfig("frozen"), Place(torch.device("cpu")))
+    model = nn.Sequential(frozen, nn.BatchNorm2d(2))
+    x = 3 + torch.randn(8, 2, 4, 4)
+    exact, gaps = drift.recalibrated(model.eval(), [Batch(x, x)], nullcontext())
+    assert list(gaps) == ["drift/1/gap"]
+    assert_close(exact[0][0].state_dict(), frozen[0].state_dict())
+    assert_close(exact[1].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)  # the frozen layer's eps
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [
         ({"level": "pixel"}, "drift.level=pixel: choose one of image, rank, off"),
         ({"alpha": 2.0}, "drift.alpha=2.0: give a probability"),
-        ({"recalibrate": -1}, "drift.recalibrate=-1: give 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, says):

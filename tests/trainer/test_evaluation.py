@@ -23,7 +23,10 @@ TRAINED = {
     "no-average": {},
     "buffers-of-each-rank": {"norm": {"name": "local"}},
     "fused-bf16-channels-last": {"norm": {"fuse": True}, "train": {"precision": "bf16", "channels_last": True}},
-    "recalibrated": {"drift": {"recalibrate": 2}, "train": {"ema": 0.5, "accumulate": 2}},
+    "another-norm": {"norm": {"name": "evonorm_s0"}, "eval": {"recalibrate": 2}, "train": {"ema": 0.5}},
+    "frozen": {"norm": {"name": "frozen"}, "eval": {"recalibrate": 2}},
+    "batch-renorm": {"norm": {"name": "batch_renorm"}, "eval": {"recalibrate": 2}},
+    "recalibrated": {"eval": {"recalibrate": 2}, "train": {"ema": 0.5, "accumulate": 2}},
 }
 
 
@@ -45,6 +48,7 @@ def own_settings(path, **on_top):
     return {**settings, **{section: {**settings[section], **values} for section, values in on_top.items()}}
 
 
+@pytest.mark.plain(*(TRAINED.keys() - {"frozen", "batch-renorm"}))
 @pytest.mark.parametrize("settings", TRAINED.values(), ids=TRAINED)
 def test_the_figures_are_those_of_its_run_to_the_last_bit(tmp_path, settings):
     trained = run_ranks(train, 2, tmp_path / "trained", settings)[0]
@@ -56,7 +60,7 @@ def test_the_figures_are_those_of_its_run_to_the_last_bit(tmp_path, settings):
 def averaged(tmp_path_factory):
     """A run on two ranks, with an average, recalibrated too, and a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("runs") / "averaged"
-    run_ranks(train, 2, folder, {"train": {"ema": 0.5}, "drift": {"recalibrate": 2}, "checkpoint": {"every": 1}})
+    run_ranks(train, 2, folder, {"train": {"ema": 0.5}, "eval": {"recalibrate": 2}, "checkpoint": {"every": 1}})
     return folder
 
 
@@ -75,7 +79,7 @@ def test_without_the_average_the_weights_themselves_are_evaluated(averaged, tmp_
 
 
 def test_other_data_is_evaluated_however_few_it_has(averaged, tmp_path):
-    settings = own_settings(averaged, data={"name": "fake", "fake_samples": 5}, drift={"recalibrate": 0})
+    settings = own_settings(averaged, data={"name": "fake", "fake_samples": 5}, eval={"recalibrate": 0})
     evaluated = run_ranks(evaluate, 2, {**settings, "root": str(tmp_path)})[0]
     assert evaluated["eval/images"] == 1
 
