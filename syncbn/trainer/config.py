@@ -23,13 +23,21 @@ from syncbn.trainer.data import DataConfig
 from syncbn.trainer.drift import DriftConfig
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.folder import RunConfig, flat
-from syncbn.trainer.loop import TrainConfig
+from syncbn.trainer.loop import EvalConfig, TrainConfig
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
 from syncbn.trainer.optim import OptimConfig, ScheduleConfig
 from syncbn.trainer.tasks import TaskConfig
 from syncbn.trainer.tracking import WandbConfig
 from syncbn.trainer.world import LaunchConfig
+
+# What an extra of pyproject.toml brings, and the extra
+EXTRAS = {
+    "hydra/launcher=joblib": "sweep",
+    "hydra/sweeper=optuna": "sweep",
+    "hydra/sweeper/sampler": "sweep",
+    "hydra/launcher=submitit": "slurm",
+}
 
 
 @dataclass
@@ -43,6 +51,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -137,6 +146,9 @@ def explain(error: Exception) -> str:
     listed = r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':(.*?)(?:\nConfig search path|$)"
     if missing := re.search(listed, text, re.S):
         group, choice, options = missing.groups()
+        for asked, extra in EXTRAS.items():
+            if f"{group}={choice}".startswith(asked):
+                return f"{asked} is not installed: pip install -e '.[{extra}]'"
         return f"{group}={choice}: no such choice; choose one of {', '.join(options.split())}"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']+' (is )?not in", text) and full_key:

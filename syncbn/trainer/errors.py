@@ -1,9 +1,12 @@
 """How a run ends other than well: the one kind of error that is the user's to mend, and the exit codes."""
 
+from typing import Any
+
 FAILED = 1  # an error of another kind, or another rank was lost
 USER_ERROR = 2  # something asked for cannot be done; one line on stderr says what
 INCOMPLETE = 3  # trained to the end, but a file could not be written; one line says which
 PREEMPTED = 75  # asked to end by a signal, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
+FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # of ranks that another try would not change, or should not
 
 
 class UserError(Exception):
@@ -15,6 +18,25 @@ class UserError(Exception):
     def __init__(self, text: str, *, on_every_rank: bool = False):
         super().__init__(one_line(text))
         self.on_every_rank = on_every_rank
+
+
+class RanksFailed(RuntimeError):
+    """The ranks of a run ended in an error. reason: what a rank said of it, in one line; empty if none did.
+
+    (torch's own error does not survive the way back to a sweep.)
+    """
+
+    def __init__(self, text: str, exit_code: int, reason: str = ""):
+        super().__init__(text)
+        self.exit_code = exit_code
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.exit_code, self.reason)
+
+
+class Ended(RanksFailed):
+    """A signal to this process has ended the ranks, as was asked for: another try would go against it."""
 
 
 LONGEST = 1000  # characters of a line that somebody reads

@@ -1,8 +1,9 @@
 """One run, one folder: its name, who may write to it, and where things lie in it."""
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ OUTSIDE = (
     "wandb",
     "launch",
     "drift",
+    "eval",
     "checkpoint",
     "task.mode",
     "data.root",
@@ -156,12 +158,30 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
     return legal("-".join([*parts, f"seed{config['seed']}"]))
 
 
+def name_of_sweep(words: Sequence[tuple[str, str]], swept: Collection[str]) -> str:
+    """A sweep's name, "sweep-" and its words, but for those that shape no run unless they are swept.
+
+    words: key and value of each. What a shell would read as more than a letter is replaced, and told by a hash.
+    """
+    parts = [
+        redacted(f"{key}_{value}") for key, value in sorted(dict(words).items()) if key in swept or not _outside(key)
+    ]
+    whole = "-".join(["sweep", *parts])
+    plain = re.sub(r"[^\w.,+-]", "_", whole)
+    return legal(plain if plain == whole else f"{plain[:LONGEST]}-{digest(whole)}")
+
+
+def digest(text: str, size: int = 4) -> str:
+    """A hash of the text, of so many bytes."""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=size).hexdigest()
+
+
 def legal(name: str) -> str:
     """The name, or one made of it that a folder can have and that another name does not have."""
     made = name.replace("/", "_")  # as in model.weights=a/b.pt
     if is_legal(made):
         return made
-    told = "-" + blake2b(name.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    told = f"-{digest(name)}"
     made = "".join(c if c.isprintable() else "_" for c in made).lstrip(".")
     return made.encode()[: LONGEST - len(told)].decode(errors="ignore") + told
 

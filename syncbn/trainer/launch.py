@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,42 +14,36 @@ from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import stop, world
+from syncbn.trainer import stop, sweep, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
-from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, USER_ERROR, UserError
+from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.folder import RunFolder, name_of
 from syncbn.trainer.resume import load
-from syncbn.trainer.run import EXIT_CODE, as_rank
+from syncbn.trainer.run import EXIT_CODE, REASON, as_rank
 from syncbn.trainer.secrets import redacted
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
 CHECKPOINT = re.compile(r"^checkpoint=(?!\{)")  # on the command line: short for what is asked for most in its section
 SIGNALS = (*stop.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
-FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # exit codes of ranks that another try would not change, or should not
 
 
-class RanksFailed(RuntimeError):
-    """The ranks of a run ended in an error. (torch's own error does not survive the way back to a sweep.)"""
+class SweepBegins(Callback):
+    """Hydra tells it that a sweep begins, before anything else, in the process that was started for it."""
 
-    def __init__(self, text: str, exit_code: int):
-        super().__init__(text)
-        self.exit_code = exit_code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.exit_code)
-
-
-class Ended(RanksFailed):
-    """A signal to this process has ended the ranks, as was asked for: another try would go against it."""
-
-
-class PointFailed(RanksFailed):
-    """The ranks of a point of a sweep ended in an error, and may have said why on another machine."""
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            code = in_one_line(lambda: sweep.begin(config))
+        except Exception as error:  # no more than a warning, to Hydra
+            traceback.print_exception(error)
+            code = FAILED
+        if code:
+            sys.exit(code)
 
 
 def enter(job: Callable[[], Any]) -> None:
@@ -60,7 +55,7 @@ def enter(job: Callable[[], Any]) -> None:
     register()
     sys.argv[1:] = [CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]]
     if not world.under_torchrun():
-        sys.exit(in_one_line(job))
+        sys.exit(sweep.to_its_end(lambda: in_one_line(job)))
     store = world.meet()
     if world.rank() > 0:
         decided = json.loads(store.get(CONFIG))
@@ -75,25 +70,13 @@ def enter(job: Callable[[], Any]) -> None:
 
 
 def run_job(composed: DictConfig) -> float | None:
-    """The body of the script's @hydra.main function: one run; its objective, for a sweeper."""
+    """The body of the script's @hydra.main function: one run; its objective, for a sweeper, if it came to one."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return one_point(composed)
+        return sweep.one_point(composed, one_run)
     objective: list[float] = []
     if code := in_one_line(lambda: objective.append(one_run(composed))):
         sys.exit(code)
     return objective[0]
-
-
-def one_point(composed: DictConfig) -> float:
-    """One run of a sweep, which has its own ways with an error, wherever the sweep's launcher has it run."""
-    try:
-        return one_run(composed)
-    except RanksFailed as failed:
-        hydra = HydraConfig.get()
-        end = "was asked to end, and saved" if failed.exit_code == PREEMPTED else f"failed, {failed}"
-        folder = OmegaConf.select(hydra.launcher, "submitit_folder")
-        where = f" (what it said is in {folder.replace('%j', hydra.job.id)})" if folder else ""
-        raise PointFailed(f"the run of {' '.join(hydra.overrides.task)} {end}{where}", failed.exit_code) from None
 
 
 def one_run(composed: DictConfig) -> float:
@@ -188,13 +171,20 @@ def start_ranks(config: Config) -> None:
             elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over), str(os.getpid()))
         except ChildFailedError as error:
             rank, code = to_blame({rank: failure.exitcode for rank, failure in error.failures.items()})
-            raise RanksFailed(f"rank {rank} {_end(code)}", code) from None
+            reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
+            raise RanksFailed(f"rank {rank} {_end(code)}", code, reason) from None
         except SignalException as signalled:
             # The agent has sent it to the ranks and waited for them, but does not tell how they ended
             told = handed_over.with_name(EXIT_CODE)
             code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
             if code != 0:  # else they had come to the end of the run already
-                raise Ended(f"ended by {signalled.sigval.name}", code) from None
+                raise Ended(f"ended by {signalled.sigval.name}", code, said(handed_over, *range(nproc))) from None
+
+
+def said(handed_over: Path, *ranks: int) -> str:
+    """Why the ranks ended, by their own words, each told once."""
+    files = [handed_over.with_name(f"{REASON}{rank}") for rank in ranks]
+    return "; ".join(dict.fromkeys(file.read_text() for file in files if file.exists()))
 
 
 def signals_to_pass_on() -> list[signal.Signals]:
@@ -233,8 +223,10 @@ def in_one_line(job: Callable[[], Any]) -> int:
         print(redacted(f"error: {text}"), file=sys.stderr, flush=True)
         return USER_ERROR
     except RanksFailed as error:
-        if error.exit_code not in FINAL or isinstance(error, PointFailed):
+        if error.exit_code not in FINAL:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif error.reason:
+            print(f"error: {error.reason}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
     return 0
 

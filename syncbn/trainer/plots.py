@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """draw, in the house style, and matplotlib's own again after it."""
 
     @functools.wraps(draw)
@@ -60,7 +60,7 @@ def _styled(draw: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
-@_styled
+@styled
 def heat_map(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
@@ -106,7 +106,7 @@ def heat_map(
         norm=LogNorm(low, high, clip=True) if log else Normalize(low, high),
     )
     every = math.ceil(0.13 / pitch)
-    axes.set_yticks(range(0, len(rows), every), [_short(name) for name in rows[::every]])
+    axes.set_yticks(range(0, len(rows), every), [short_name(name) for name in rows[::every]])
     axes.tick_params("y", length=0, labelsize=8)
     ticks = _spread(columns, most=int(1.4 * width))
     axes.set_xticks(ticks, [f"{columns[i]}" for i in ticks])
@@ -124,7 +124,7 @@ def heat_map(
     return figure
 
 
-@_styled
+@styled
 def curves(
     lines: Mapping[str, Mapping[int, float]],
     *,
@@ -180,7 +180,7 @@ def curves(
     return figure
 
 
-@_styled
+@styled
 def picture(figure: "Figure") -> "Image":
     """The figure in pixels, as those take it who know no figures."""
     import PIL.Image
@@ -190,7 +190,7 @@ def picture(figure: "Figure") -> "Image":
     return PIL.Image.open(file)
 
 
-@_styled
+@styled
 def svg(figure: "Figure", prefix: str) -> str:
     """The figure as an <svg> element to stand in an HTML page, the same bytes each time.
 
@@ -272,7 +272,7 @@ def _round(number: float) -> int:
     return next(n for e in range(20) for n in (10**e, 2 * 10**e, 5 * 10**e) if number <= n)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A long name without its middle: both ends tell a layer."""
     half = NAME_LENGTH // 2
     return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"

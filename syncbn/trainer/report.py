@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side: one HTML file that needs nothing else.
+"""The report of a run, of several side by side, or of a sweep: one HTML file that needs nothing else.
 
 `python -m syncbn.trainer.report runs/a runs/b -o report.html`
 """
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from syncbn.trainer import plots
+from syncbn.trainer import comparison, plots, points
+from syncbn.trainer.along import drawn_along
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.runs import Grid, Run, Verdict, differing, read, read_all
-from syncbn.trainer.tables import facts, setting, worst_layers
+from syncbn.trainer.runs import Grid, Run, Verdict, differing, read_all
+from syncbn.trainer.tables import duration, facts, number, setting, worst_layers
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
 CURVES_FIRST = ("loss", "accuracy")
@@ -58,9 +60,9 @@ EFFECTIVE = Kind(
 def page(runs: Sequence[Run]) -> str:
     """The whole report as HTML; the same runs give the same bytes."""
     ids = (f"s{i}" for i in count())
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text())
-    return template.render(
+    return _rendered(
+        "report.html.jinja",
+        sources="config.yaml, metrics.jsonl and result.json",
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs side by side",
         runs=[_shown(run, i) for i, run in enumerate(runs)],
         facts=facts(runs),
@@ -71,30 +73,75 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
+def sweep_page(name: str, sweep: points.Sweep) -> str:
+    """The report of a sweep as HTML: every setting and point, and the metric along each swept key."""
+    ids = (f"s{i}" for i in count())
+    ran = sorted(sweep.points, key=lambda point: math.inf if point.objective is None else -point.objective)
+    return _rendered(
+        "sweep.html.jinja",
+        sources=points.NAME,
+        title=name,
+        facts={
+            "points": str(sweep.total or len(sweep.points)),
+            "came to": comparison.tally(sweep),
+            "compared by": sweep.metric,
+        },
+        table=comparison.table(sweep),
+        reasons=comparison.reasons(sweep),
+        figures=list(_along(sweep, ids)),
+        points=[_told(point, sweep) for point in ran],
+        keys=sweep.swept,
+        metric=sweep.metric,
+    )
+
+
 def write(folder: Path) -> Path:
-    """Write report.html into a run's folder: where it lies. Raises UserError if the folder holds no run."""
-    return _write([read(folder)], folder / "report.html")
+    """Write report.html into the folder of a run or a sweep: where it lies. Raises UserError if it holds neither."""
+    return _write(_page_of(folder), folder / "report.html")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: its exit code."""
     parser = argparse.ArgumentParser("python -m syncbn.trainer.report", description="Write the report of runs as HTML.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/NAME")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/NAME, or that of one sweep"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html, in the run's folder if it is one run"
     )
     given = parser.parse_args(arguments)
     try:
-        runs = read_all(given.runs)
-        print(_write(runs, given.output or (given.runs[0] if len(runs) == 1 else Path()) / "report.html"))
+        text = _page_of(*given.runs)
+        print(_write(text, given.output or (given.runs[0] if _one(given.runs) else Path()) / "report.html"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _write(runs: Sequence[Run], file: Path) -> Path:
-    text = page(runs)
+def _page_of(*folders: Path) -> str:
+    sweeps = [folder for folder in folders if points.is_sweep(folder)]
+    if sweeps and not _one(folders):
+        raise UserError(f"{sweeps[0]} is a sweep: give it alone, or give runs")
+    return sweep_page(sweeps[0].resolve().name, points.read(sweeps[0])) if sweeps else page(read_all(folders))
+
+
+def _one(folders: Sequence[Path]) -> bool:
+    return len({folder.resolve() for folder in folders}) == 1
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(values)
+
+
+def _write(text: str, file: Path) -> Path:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -107,9 +154,42 @@ def _shown(run: Run, index: int) -> dict[str, Any]:
         "label": run.label,
         "notes": run.notes,
         "source": run.source,
+        **_style(index),
+        "verdicts": run.verdicts and [{"text": v.text, "when": _when(v)} for v in run.verdicts],
+    }
+
+
+def _told(point: points.Point, sweep: points.Sweep) -> dict[str, Any]:
+    """A row of the table of points."""
+    return {
+        "choices": [comparison.short(point.choices.get(key, "–")) for key in sweep.swept],
+        "state": point.state,
+        "value": "–" if point.objective is None else number(point.objective, sweep.metric, digits=4),
+        "time": "–" if point.took_s is None else duration(point.took_s),
+        "link": point.run and f"../{quote(point.run)}/report.html" if point.done else None,
+    }
+
+
+def _along(sweep: points.Sweep, ids: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The metric along each swept key, with a line for each combination of the others."""
+    for key in sweep.swept:
+        lines = comparison.lines(sweep, key)
+        if len({value for line in lines for value in line.along}) < 2:
+            continue
+        numbers, log = comparison.scale([value for line in lines for value in line.along]) or (None, False)
+        percent = sweep.metric.endswith("accuracy")
+        drawn = [vars(line) for line in lines]
+        title = f"{sweep.metric} along {key}"
+        figure = drawn_along(drawn, title=title, key=key, numbers=numbers, log=log, percent=percent)
+        legend = [{**_style(i), "label": line.name} for i, line in enumerate(lines) if line.name]
+        yield {"svg": _drawn(figure, ids), "legend": legend}
+
+
+def _style(index: int) -> dict[str, str]:
+    """The colour and the dash of the run or line of that number, as the figures have them."""
+    return {
         "colour": plots.COLOURS[index % len(plots.COLOURS)],
         "dash": ("solid", "dashed", "dotted")[index // len(plots.COLOURS) % 3],
-        "verdicts": run.verdicts and [{"text": v.text, "when": _when(v)} for v in run.verdicts],
     }
 
 

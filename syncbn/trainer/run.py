@@ -4,7 +4,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,7 +18,7 @@ from syncbn.trainer import data, drift, evaluation, graph, lock, models, norms, 
 from syncbn.trainer.agree import alike, refuse_other_data
 from syncbn.trainer.average import Average
 from syncbn.trainer.config import Config, as_dict, from_yaml
-from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError
+from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError, one_line
 from syncbn.trainer.failures import LostRank, explained
 from syncbn.trainer.folder import RunFolder
 from syncbn.trainer.guard import Guard
@@ -38,7 +38,8 @@ BROADCAST_BUFFERS = next(
     if name in signature(DistributedDataParallel.__init__).parameters
 )
 
-EXIT_CODE = "exit_code"  # the file beside the config that was handed over, in which rank 0 tells the launcher its own
+# Files beside the config that was handed over, for the launcher: rank 0's exit code, and why each rank ended
+EXIT_CODE, REASON = "exit_code", "reason"
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def evaluate(config: Config, ranks: World) -> int:
     norms.refuse_misfit(needed.norm, ranks.size)
     start = resume.find_at(Path(config.checkpoint.resume), ranks)
     with ranks.together():
-        parts = build(needed, ranks, start if config.drift.recalibrate else None)
+        parts = build(needed, ranks, start if config.eval.recalibrate else None)
         evaluation.take_over(parts, start, config)
     refuse_other_data(parts.data, ranks)
     evaluation.show(parts, start, config, ranks)
@@ -94,7 +95,8 @@ def train_in(folder: RunFolder, settings: dict[str, Any], config: Config, ranks:
         if ranks.rank == 0:
             folder.go_on() if start and start.own else folder.create(settings)
     log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
-    training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.drift.recalibrate
+    training.drift = drift.monitor(parts.model, config.drift, expected=norms.NORMS[config.norm.name].running)
+    training.recalibrate = config.eval.recalibrate
     training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
     if start:
         settle_buckets(training, config.train, ranks)
@@ -163,7 +165,8 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
     model = models.build(config.model, len(images.classes)).to(ranks.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    model, converted = norms.convert(model, config.norm, ranks.device)
+    place = norms.Place(ranks.device, ranks.size, world.local_size(), images.global_batch)
+    model, converted = norms.convert(model, config.norm, place)
     return Parts(images, model, converted, tasks.build(config.task))
 
 
@@ -206,17 +209,19 @@ def log_to(path: Path | None, *, warn: bool) -> None:
     logging.raiseExceptions = False  # a full disk would have each line of the log tell so
 
 
-def as_rank(find_config: Callable[[], Config], launcher: int | None = None) -> int:
-    """Be one rank of a run: its exit code. A UserError is one line on stderr, printed by one rank.
+def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reason: Path | None = None) -> int:
+    """Be one rank of a run: its exit code. A UserError is one line, told by one rank.
 
     launcher: the pid of the process that started it, if it is known.
+    reason: where the line is written for the launcher to tell, and that of another error; none: it goes to stderr.
     """
     world.end_with_launcher(launcher)
     try:
         config = alike(find_config)
         code = run(config, world.join(config.launch, world.meet()))
     except UserError as error:
-        if world.rank() == 0 or not error.on_every_rank:
+        told = world.rank() > 0 and error.on_every_rank
+        if not told and not (reason and _written(reason, f"{error}")):
             print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_every_rank:
             world.word_of_rank_0("", patience_s=30)
@@ -226,15 +231,25 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None) -> i
         lost = isinstance(error, LostRank)
         text = f"rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
         print(redacted(text), end="", file=sys.stderr, flush=True)
+        if reason and not lost:
+            _written(reason, one_line("".join(traceback.format_exception_only(error)).strip()))
         return FAILED
     world.leave()
     return code
 
 
+def _written(path: Path, line: str) -> bool:
+    with suppress(OSError):  # a full disk
+        path.write_text(redacted(line))
+        return True
+    return False
+
+
 if __name__ == "__main__":
     handed_over = Path(sys.argv[1])
     world.set_scratch(handed_over.parent)
-    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()), launcher=int(sys.argv[2]))
+    own = handed_over.with_name(f"{REASON}{world.rank()}")
+    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()), launcher=int(sys.argv[2]), reason=own)
     if world.rank() == 0:
         handed_over.with_name(EXIT_CODE).write_text(str(exit_code))
     sys.exit(exit_code)

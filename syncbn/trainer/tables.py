@@ -93,6 +93,12 @@ def number(value: float, name: str = "", digits: int = 3) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
+def duration(seconds: float) -> str:
+    """A time as a person reads it."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
 def setting(value: Any) -> str:
     """A value of a config as it is written on the command line; Ellipsis: the config has no such key."""
     if value is ...:
@@ -154,10 +160,7 @@ def _batch(run: Run) -> str:
 
 def _time(run: Run) -> str | None:
     seconds = (run.result or {}).get("duration_s") or max(run.points.get("time_s", {}).values(), default=None)
-    if seconds is None:
-        return None
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    return None if seconds is None else duration(seconds)
 
 
 def _words(name: str) -> str:

@@ -83,7 +83,9 @@ class Tracker:
     ):
         self.run: Any = None
         self.failure: str | None = None
-        self.run_id = run_id or secrets.token_hex(4)
+        # The agent of a W&B sweep has named the run that it waits for
+        of_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        self.run_id = run_id or of_sweep or secrets.token_hex(4)
         self._timeout_s = config.timeout_s
         self._acts: Queue[Act] = Queue(WAITING)
         self._known: list[Act] = []  # what a run that takes over is told

@@ -36,7 +36,7 @@ class Parts:
 
     data: data.Data
     model: nn.Module
-    converted: int
+    converted: norms.Converted
     task: tasks.Task
 
 
@@ -64,8 +64,12 @@ class Watch:
         )
         if training.step:
             self.screen.say(f"going on from step {training.step}")
-        if config.norm.name != "local" and not parts.converted:
+        if config.norm.name != "local" and not parts.converted.changed:
             log.warning("norm=%s converted nothing: %s", config.norm.name, norms.nothing_converted(parts.model))
+        if config.norm.name == "frozen" and not config.model.weights and not training.step:
+            log.warning("norm=frozen without model.weights=: statistics that were never taken stay as they began")
+        for line in parts.converted.told:
+            log.warning("norm=%s: %s", config.norm.name, line)
         state = state or {"record": None, "story": None, "wandb": None}
         self.record = Record(folder.metrics, state["record"])
         name = config.run.name or ""
@@ -251,5 +255,5 @@ def when(verdict: dict[str, Any]) -> str:
 
 
 def converted(parts: Parts, config: Config) -> str:
-    total = len(norms.batch_norms(parts.model))
-    return f"norm={config.norm.name}: {parts.converted} of {total} batch norm layers converted"
+    changed, found, _ = parts.converted
+    return f"norm={config.norm.name}: {changed} of {found} batch norm layers converted"

@@ -117,8 +117,13 @@ class Submitted:
 
     def start_now(self, **changes):
         """Do not wait for the two minutes that Slurm leaves between a job's end and its next start."""
+        time.sleep(2)  # slurmd does not start a job anew in the second in which it was killed
         words = [f"{name}={value}" for name, value in changes.items()]
         self.slurm.ask("scontrol", "update", f"jobid={self.number}", "StartTime=now", *words)
+
+    def tell(self):
+        """What it said, and what Slurm's daemons said of late."""
+        return f"{self.said}\n{logs(self.slurm.folder, lines=40)}"
 
     def preempted_at(self):
         """The step at which it said that it was."""
@@ -200,8 +205,9 @@ def until(condition, otherwise, timeout_s=60):
         time.sleep(0.1)
 
 
-def logs(folder):
-    return "\n".join(path.read_text() for path in folder.glob("*.log"))
+def logs(folder, lines=1000):
+    """The last so many lines of each daemon."""
+    return "\n".join("\n".join(path.read_text().splitlines()[-lines:]) for path in folder.glob("*.log"))
 
 
 def free_ports(count):

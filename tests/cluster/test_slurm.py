@@ -32,7 +32,7 @@ def undisturbed(slurm, tmp_path_factory):
     """A job that nothing happened to."""
     root = tmp_path_factory.mktemp("undisturbed")
     job = slurm.train(root, *RUN, SYNCBN_TEST_HOLD=str(root / "none"), **ENVIRONMENT)
-    assert job.end() == ("COMPLETED", 0), job.said
+    assert job.end() == ("COMPLETED", 0), job.tell()
     return job
 
 
@@ -78,7 +78,7 @@ def test_a_job_that_is_requeued_saves_and_goes_on_by_itself(train, hold, undistu
     assert max(saved_steps(job.folder)) == step
     hold.unlink()
     job.start_now()
-    assert job.end() == ("COMPLETED", 0), job.said
+    assert job.end() == ("COMPLETED", 0), job.tell()
     assert f"going on from step {step}" in job.said
     assert_same_run(job, undisturbed)
 
@@ -112,7 +112,7 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(train, hold, undistu
     assert f"job {job.number} queues again" in job.said
     hold.unlink()
     job.start_now(TimeLimit=60)
-    assert job.end() == ("COMPLETED", 0), job.said
+    assert job.end() == ("COMPLETED", 0), job.tell()
     assert f"going on from step {step}" in job.said
     assert_same_run(job, undisturbed)
 

@@ -41,15 +41,21 @@ def sweeping(slurm, log, *words, **environment):
         sweep.wait()
 
 
+def folder_of(root):
+    """The sweep's own folder."""
+    (folder,) = (path for path in root.iterdir() if path.name.startswith("sweep-"))
+    return folder
+
+
 def job_of(slurm, root, point, name):
     """The job of a point, which is a task of the sweep's array of jobs."""
-    (own,) = (root / ".submitit").glob(f"*_{point}")
+    (own,) = (folder_of(root) / ".submitit").glob(f"*_{point}")
     return Submitted(slurm, own.name, root / name, own / f"{own.name}_0_log.out")
 
 
 def returned(root, point):
     """What came back to the sweeper from a point."""
-    (result,) = (root / ".submitit").glob(f"*_{point}/*_result.pkl")
+    (result,) = (folder_of(root) / ".submitit").glob(f"*_{point}/*_result.pkl")
     outcome, job_return = pickle.loads(result.read_bytes())
     assert outcome == "success"
     return job_return.return_value
@@ -70,7 +76,7 @@ def test_each_point_is_a_job_that_goes_on_if_preempted_and_its_result_comes_back
         preempted.start_now()
         assert sweep.wait(LONG_S) == 0, log.read_text()
     assert f"going on from step {preempted.preempted_at()}" in preempted.said
-    assert {path.name for path in root.iterdir()} == {*names, "multirun.yaml", ".submitit"}
+    assert {path.name for path in root.iterdir()} == {*names, folder_of(root).name}
     for point, name in enumerate(names):
         result = json.loads((root / name / "result.json").read_text())
         assert (result["ranks"], result["objective"]) == (2, returned(root, point))
@@ -81,12 +87,12 @@ def test_a_point_that_fails_is_named_with_the_place_of_what_it_said_and_the_othe
     done = slurm.run(*SWEEP, "model.name=resnet21,resnet8", "launch.nproc=1", f"run.root={tmp_path}")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert re.match(r"error: the run of .*model\.name=resnet21 ", line)
-    assert "failed, rank 0 failed with exit code 2" in line
-    (said,) = re.findall(r"what it said is in (.+)\)$", line)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("refused: "))
+    assert line.startswith("refused: model.name=resnet21: no such model")
+    (said,) = re.findall(r"what it said is in (.+)\) \(model\.name=resnet21\)$", line)
     assert said == str(job_of(slurm, tmp_path, 0, "").log.parent)
-    assert "error: model.name=resnet21: no such model" in next(tmp_path.glob(".submitit/*_0/*_0_log.err")).read_text()
+    (log,) = folder_of(tmp_path).glob(".submitit/*_0/*_0_log.err")
+    assert "point 1 of 2 refused: model.name=resnet21: no such model" in log.read_text()
     assert [path.parent.name for path in tmp_path.glob("*/result.json")] == [
         "digits-resnet8-sync-b4-train.steps_12-seed0"
     ]

@@ -57,8 +57,9 @@ class Job:
         return value
 
     def until_saved(self, step, name="r"):
-        """Wait until the checkpoint of a step is there."""
-        self.until(lambda: step in saved_steps(self.root / name))
+        """Wait until the checkpoint of a step is there, and is what the run goes on from."""
+        folder = self.root / name
+        self.until(lambda: step in saved_steps(folder) and latest_step(folder) >= step)
 
     def until_past(self, step, name="r"):
         """Wait until a checkpoint of the step, or of a later one, is there."""
@@ -148,6 +149,12 @@ def running(pid):
 
 def saved_steps(folder):
     return sorted(int(path.stem[5:]) for path in (folder / "checkpoints").glob("step_*.pt"))
+
+
+def latest_step(folder):
+    """The step of the checkpoint that the pointer names; it is written after that."""
+    pointer = folder / "checkpoints" / "latest"
+    return int(pointer.read_text()[5:-3]) if pointer.exists() else 0
 
 
 def state(folder):

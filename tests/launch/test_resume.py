@@ -46,7 +46,7 @@ def assert_goes_on(root, undisturbed):
     assert_same_run(root / "r", undisturbed)
 
 
-@pytest.mark.plain("rank")
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["rank", "launcher"])
 def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed, tmp_path, whom):
     root = tmp_path / "runs"
@@ -58,10 +58,8 @@ def test_killed_in_mid_epoch_and_gone_on_with_is_the_run_undisturbed(undisturbed
     assert_goes_on(root, undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
-def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, name):
-    root = tmp_path / "runs"
+def assert_ends_when_asked(root, name):
+    """It saves soon and says so, and leaves nothing behind."""
     with job(PYTHON, *EVERYTHING, root=root) as asked:
         asked.until_saved(10)
         began = time.monotonic()
@@ -71,7 +69,18 @@ def test_a_job_that_is_asked_to_end_saves_and_says_so(undisturbed, tmp_path, nam
         assert asked.left_over() == {}
         (line,) = (line for line in asked.said.splitlines() if line.startswith("preempted"))
     assert max(saved_steps(root / "r")) == int(line.split()[3].rstrip(":"))
-    assert_goes_on(root, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_asked_to_end_saves_and_goes_on(undisturbed, tmp_path):
+    assert_ends_when_asked(tmp_path / "runs", "SIGTERM")
+    assert_goes_on(tmp_path / "runs", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_other_signals_ask_for_the_same(tmp_path, name):
+    assert_ends_when_asked(tmp_path / "runs", name)
 
 
 @pytest.mark.slow

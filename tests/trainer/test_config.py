@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer import config
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.folder import differences, is_legal, name_of
+from syncbn.trainer.norms import NORMS
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -31,15 +34,24 @@ BAD = {
     "dataa=digits": "dataa: no such key; did you mean",
     "+x=1": "x: no such key",
     "+train.speed=1": "train.speed: no such key; did you mean",
-    "norm=foo": "norm=foo: no such choice; choose one of local, sync, torch",
+    "norm=foo": "norm=foo: no such choice; choose one of batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance",
     "data=cifar": "data=cifar: no such choice; choose one of cifar10, cifar100, digits, fake, fashion_mnist",
     "experiment=none": "experiment=none: no such choice; choose one of cifar10",
     "norm.name=foo": "norm=foo: choose one of sync, local, torch",
     "optim.name=lion": "optim=lion: choose one of sgd, adamw",
     "task.name=guess": "task=guess: choose one of classify",
-    "norm.group=0": "norm.group=0: give world, node, or a number of ranks",
-    "norm.group=pair": "norm.group=pair: give world, node, or a number of ranks",
-    "norm.group=[0,1]": "norm.group",
+    "norm.group=0": "norm.group=0: give world, node, a number of ranks, 1 or more, or {samples: n}",
+    "norm.group=pair": "norm.group=pair: give world, node, a number of ranks",
+    "norm.group=[0,1]": "norm.group=[0, 1]: give world, node, a number of ranks",
+    "norm.group=1.5": "norm.group=1.5: give world, node, a number of ranks",
+    "norm.group={samples: 0}": "norm.group={'samples': 0}: give world, node, a number of ranks",
+    "norm.group={images: 4}": "norm.group={'images': 4}: give world, node, a number of ranks",
+    "norm.group={samples: 4, images: 4}": "give world, node, a number of ranks",
+    "norm.momentum=2": "norm.momentum=2: give a number above 0 up to 1, auto, or null",
+    "norm.momentum=[1]": "norm.momentum",
+    "norm.groups=many": "norm.groups: Value 'many' of type 'str' could not be converted to Integer",
+    "norm.groups=8": "norm.groups=8 with norm=sync: only norm=group, ws_group, evonorm_s0 have that; take it, or no",
+    "norm.samples=8": "norm.samples: no such key",
     "data.name=mnist": "data.name=mnist: choose one of digits",
     "data.batch_per_rank=many": "data.batch_per_rank=many: give 1 or more, or auto",
     "data.eval_batch_per_rank=many": "data.eval_batch_per_rank: Value 'many' of type 'str' could not be converted to ",
@@ -58,6 +70,7 @@ BAD = {
     "train.ema=1": "train.ema=1.0: give a decay from 0 up to 1",
     "train.clip_norm=-1": "train.clip_norm=-1.0: give 0 (off) or more",
     "optim.scaling=log": "optim.scaling=log: choose one of linear, sqrt, none",
+    "eval.recalibrate=-1": "eval.recalibrate=-1: give 0 (off) or more batches",
     "optim.lr_batch=0": "optim.lr_batch=0: give 1 or more images; optim.scaling=none takes lr as it is",
     "optim.lr=0": "optim.lr=0.0: give a rate above 0",
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs=-1.0: give 0 or more",
@@ -81,10 +94,28 @@ BAD = {
 
 
 def test_what_there_is_to_choose_from_is_told_and_no_more():
-    assert composed("norm=foo") == "norm=foo: no such choice; choose one of local, sync, torch"
+    told = "batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance, layer, local, none, sync, torch, ws_group"
+    assert composed("norm=foo") == f"norm=foo: no such choice; choose one of {told}"
     told = composed("hydra/launcher=pbs")
     assert told.startswith("hydra/launcher=pbs: no such choice; choose one of basic")
     assert "path" not in told
+
+
+@pytest.mark.parametrize(
+    ("group", "choice", "extra"),
+    [
+        ("hydra/launcher", "joblib", "sweep"),
+        ("hydra/sweeper", "optuna", "sweep"),
+        ("hydra/launcher", "submitit_slurm", "slurm"),
+    ],
+)
+def test_what_is_not_installed_is_told_with_its_extra(group, choice, extra):
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as raised:
+        compose("config", overrides=[f"{group}=absent"])
+    told = config.explain(HydraException(str(raised.value).replace("absent", choice)))
+    asked = "hydra/launcher=submitit" if choice.startswith("submitit") else f"{group}={choice}"
+    assert told == f"{asked} is not installed: pip install -e '.[{extra}]'"
 
 
 @pytest.mark.parametrize(("override", "said"), BAD.items(), ids=BAD)
@@ -103,7 +134,10 @@ def test_every_choice_composes(data, optim):
     assert (built.data.name, built.optim.name, built.norm.name) == (data, optim, "local")
 
 
-@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+RECIPES = sorted(str(p.relative_to(CONF / "experiment").with_suffix("")) for p in (CONF / "experiment").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", RECIPES)
 def test_every_recipe_composes_and_yields_to_overrides(experiment):
     built = composed(f"experiment={experiment}", "data.batch_per_rank=3")
     assert isinstance(built, Config), built
@@ -114,3 +148,58 @@ def test_a_config_survives_the_way_to_the_ranks():
     built = composed("train.steps=7", "data.augment.mixup=0.2", "launch.nproc=3", "wandb.tags=[a,b]")
     assert isinstance(built, Config), built
     assert config.from_yaml(config.to_yaml(built)) == built
+
+
+WORDS = sorted(p.stem for p in (CONF / "norm").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_norm_composes_and_says_in_a_line_what_it_is(word):
+    assert composed(f"norm={word}").norm.name == word
+    (line,) = (CONF / "norm" / f"{word}.yaml").read_text().splitlines()
+    assert line.startswith(f"name: {word}  # ")
+
+
+def test_there_is_a_choice_for_every_norm():
+    assert set(WORDS) == set(NORMS)
+
+
+@pytest.mark.parametrize(
+    ("override", "group"),
+    [
+        ("norm.group={samples: 16}", {"samples": 16}),
+        ("norm.group={samples:16}", {"samples": 16}),
+        ("norm.group.samples=16", None),
+        ("norm.group=node", "node"),
+        ("norm.group=4", 4),
+    ],
+)
+def test_a_group_is_a_word_a_number_or_so_many_samples(override, group):
+    built = composed(override)
+    if group is None:
+        assert isinstance(built, str)
+        return
+    assert built.norm.group == group
+    assert config.from_yaml(config.to_yaml(built)) == built
+
+
+@pytest.mark.parametrize(("word", "momentum"), [("null", None), ("auto", "auto"), ("0.3", 0.3), ("1", 1)])
+def test_a_momentum_is_a_number_a_word_or_none(word, momentum):
+    built = composed(f"norm.momentum={word}")
+    assert built.norm.momentum == momentum
+    assert config.from_yaml(config.to_yaml(built)) == built
+
+
+def test_a_group_of_samples_makes_another_run_by_another_name():
+    one, other = (config.as_dict(composed(f"norm.group={{samples: {n}}}")) for n in (16, 32))
+    assert differences(one, other) == ["norm.group.samples 16 -> 32"]
+    names = {name_of(one, None, [f"norm.group={group}"]) for group in ("{samples: 16}", "{samples: 32}", "2", "world")}
+    assert len(names) == 4
+    assert all(is_legal(name) for name in names)
+
+
+def test_the_word_on_a_group_replaces_that_of_an_earlier_run():
+    earlier = config.as_dict(composed("norm.group={samples: 16}"))
+    for word, group in (("world", "world"), ("{samples: 4}", {"samples": 4}), ("2", 2)):
+        merged = OmegaConf.merge(OmegaConf.create(earlier), OmegaConf.from_dotlist([f"norm.group={word}"]))
+        assert config.typed(merged).norm.group == group

@@ -106,6 +106,8 @@ TRAININGS = {
     "adamw": settings(optim={"name": "adamw", "lr": 0.01}, level="rank"),
     "local": settings(norm="local", ema=0.75),
     "fp16": settings(precision="fp16", level="off"),
+    "batch_renorm": settings(norm="batch_renorm", ema=0.75),
+    "evonorm_s0": settings(norm="evonorm_s0", optim={"name": "adamw", "lr": 0.01}),
 }
 
 
@@ -120,6 +122,8 @@ TRAININGS = {
         ("adamw", 11),
         ("local", 7),
         ("fp16", 4),
+        ("batch_renorm", 7),
+        ("evonorm_s0", 3),
     ],
 )
 def test_what_is_gone_on_with_is_what_was_not_interrupted(name, at):
