@@ -1,0 +1,155 @@
+"""The study: what each norm comes to at 1, 2, 4, 8 and 32 images a rank, on CIFAR-10 over 8 ranks of this machine.
+
+    python -m benchmarks.small_batch DATA [--runs FOLDER] [--plot FILE] [WORD ...]
+
+It takes hours on two cores; the same command goes on. DATA holds train/<class>/*.jpg and test/<class>/*.jpg. Each point
+is a run of `experiment=small_batch/cifar10` for the same number of images; steps, and the rate, follow the batch. The
+tables have, as mean ± standard deviation over seeds, the test error; how far training's accuracy, in its last epoch, is
+above the test's; how far the error falls with exact statistics of training images in place of the running ones
+(`eval.recalibrate`); and what the drift monitor saw at the end of training, of the worst layer: the effective batch
+size, and F.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from syncbn.trainer import runs
+from syncbn.trainer.errors import PREEMPTED
+from syncbn.trainer.points import Sweep, is_sweep, read
+
+NORMS = ("local", "sync", "group", "batch_renorm", "ws_group", "none")
+BATCHES = (1, 2, 4, 8, 32)
+SEEDS = (0, 1, 2)
+
+Cells = dict[tuple[str, int], list[float]]
+"""(norm, images a rank) -> a value of each seed that came to its end"""
+
+
+def train(data: Path, root: Path, more: Sequence[str] = ()) -> Sweep:
+    """Run every point that has not been run, each with more words."""
+    swept = {"seed": SEEDS, "data.batch_per_rank": BATCHES, "norm": NORMS}
+    words = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
+    words += [f"data.root={data.absolute()}", f"run.root={root}", *more]
+    done = subprocess.run([sys.executable, "train.py", "-m", "experiment=small_batch/cifar10", *words], check=False)
+    sweeps = [read(folder) for folder in root.glob("sweep-*") if is_sweep(folder)]
+    if done.returncode == PREEMPTED or not sweeps:
+        sys.exit(done.returncode)
+    return max(sweeps, key=lambda sweep: sweep.began)  # points may have come to nothing, as a norm may at one image
+
+
+def figures(sweep: Sweep, root: Path, of: Callable[[runs.Run], float | None]) -> Cells:
+    """A figure of each point's run."""
+    found: Cells = {(norm, batch): [] for norm in NORMS for batch in BATCHES}
+    for point in sweep.points:
+        if point.done and point.run:
+            value = of(runs.read(root / point.run))
+            if value is not None:
+                found[point.choices["norm"], int(point.choices["data.batch_per_rank"])].append(value)
+    return found
+
+
+def error(run: runs.Run) -> float | None:
+    return None if run.result is None else 100 * (1 - run.result["metrics"]["eval/accuracy"])
+
+
+def gap(run: runs.Run) -> float | None:
+    """Points by which the accuracy in the last epoch, of augmented images and in training mode, is above the test's."""
+    if run.result is None:
+        return None
+    last = run.last_step - run.last_step / run.config["train.epochs"]
+    seen = [value for step, value in run.points["train/accuracy"].items() if step > last]
+    return 100 * (mean(seen) - run.result["metrics"]["eval/accuracy"])
+
+
+def regained(run: runs.Run) -> float | None:
+    """Points of accuracy that exact statistics give back."""
+    metrics = (run.result or {}).get("metrics", {})
+    if "eval/recalibrated_accuracy" not in metrics:
+        return None
+    return 100 * (metrics["eval/recalibrated_accuracy"] - metrics["eval/accuracy"])
+
+
+def worst(figure: str, of: Callable[..., float]) -> Callable[[runs.Run], float | None]:
+    """The worst layer's last value of a figure of drift."""
+    return lambda run: (
+        of([points[max(points)] for points in run.drift[figure].values()]) if figure in run.drift else None
+    )
+
+
+TABLES: dict[str, Callable[[runs.Run], float | None]] = {
+    "Test error, %": error,
+    "Train/eval gap, points of accuracy": gap,
+    "Points of accuracy that exact statistics give back": regained,
+    "Effective batch size of the worst layer": worst("n_eff", min),
+    "F of the worst layer": worst("f", max),
+}
+
+
+def table(cells: Cells) -> str:
+    """Markdown, a row for each norm."""
+    lines = [["norm", *map(str, BATCHES)], ["---"] * (1 + len(BATCHES))]
+    lines += [[norm, *(spread(cells[norm, batch]) for batch in BATCHES)] for norm in NORMS]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" + (f" (n = {len(values)})" if len(values) < len(SEEDS) else "")
+
+
+def drawn(cells: Cells) -> Any:
+    """The test error against images a rank, a line for each norm."""
+    from syncbn.trainer.along import drawn_along
+
+    lines = [
+        {
+            "name": norm,
+            "along": [str(b) for b in BATCHES if cells[norm, b]],
+            "means": [mean(cells[norm, b]) / 100 for b in BATCHES if cells[norm, b]],
+            "stds": [
+                stdev(v) / 100 if len(v := cells[norm, b]) > 1 else float("nan") for b in BATCHES if cells[norm, b]
+            ],
+        }
+        for norm in NORMS
+    ]
+    numbers = [float(value) for line in lines for value in line["along"]]
+    return drawn_along(lines, title="Test error", key="images a rank", numbers=numbers, log=True, percent=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.small_batch", description=__doc__)
+    parser.add_argument("data", type=Path, help="CIFAR-10 as an image folder")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/small_batch"), help="where runs lie, and are gone on with"
+    )
+    parser.add_argument("--plot", type=Path, help="an SVG file of the test error")
+    parser.add_argument("words", nargs="*", help="of train.py, for every point: launch.device=cuda, say")
+    given = parser.parse_intermixed_args()
+    if not (given.data / "train").is_dir():
+        parser.error(f"{given.data} has no folder 'train'")
+    sweep = train(given.data, given.runs, given.words)
+    for title, of in TABLES.items():
+        print(f"\n{title}\n\n{table(figures(sweep, given.runs, of))}")
+    took = [
+        json.loads((given.runs / p.run / "result.json").read_text())["duration_s"]
+        for p in sweep.points
+        if p.done and p.run
+    ]
+    print(f"\n{len(took)} runs, {sum(took) / 3600:.1f} h of training")
+    if given.plot:
+        from syncbn.trainer.plots import svg
+
+        given.plot.write_text(svg(drawn(figures(sweep, given.runs, error)), "small-batch"))
+
+
+if __name__ == "__main__":
+    main()
