@@ -22,7 +22,7 @@ train: setup
 	@$(BIN)/python train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(ARGS)

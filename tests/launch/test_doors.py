@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from syncbn.trainer import pulse
-from syncbn.trainer.launch import Ended, PointFailed, RanksFailed
+from syncbn.trainer.launch import Ended, RanksFailed
 from syncbn.trainer.models.residual import SmallResNet
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
@@ -216,30 +216,15 @@ def test_help_under_torchrun_leaves_nobody_waiting():
     assert done.stdout.count("Usage: python train.py") == 1
 
 
-@pytest.mark.slow
-def test_a_sweep_leaves_a_folder_per_point(tmp_path):
-    done = run(PYTHON, "-m", "seed=0,1", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = sorted(path.parent.name for path in tmp_path.rglob("result.json"))
-    assert results == [f"digits-resnet8-sync-b4-train.steps_6-seed{seed}" for seed in (0, 1)]
-
-
-@pytest.mark.slow
-def test_a_sweep_names_the_point_that_failed_and_does_the_others(tmp_path):
-    done = run(
-        PYTHON, "-m", "model.name=resnet21,resnet8", "launch.nproc=1", "wandb.mode=disabled", *SHORT, root=tmp_path
-    )
-    assert done.returncode == 2
-    first, last = errors(done)
-    assert "resnet21: no such model" in first
-    assert re.match(r"error: the run of model.name=resnet21 .* failed, rank 0 failed with exit code 2$", last)
-    assert len(list(tmp_path.rglob("result.json"))) == 1
-
-
-@pytest.mark.parametrize("kind", [RanksFailed, Ended, PointFailed])
+@pytest.mark.parametrize("kind", [RanksFailed, Ended])
 def test_how_ranks_ended_survives_the_way_back_from_another_machine(kind):
-    back = pickle.loads(pickle.dumps(kind("rank 1 failed with exit code 3", 3)))
-    assert (type(back), str(back), back.exit_code) == (kind, "rank 1 failed with exit code 3", 3)
+    back = pickle.loads(pickle.dumps(kind("rank 1 failed with exit code 3", 3, "no room")))
+    assert (type(back), str(back), back.exit_code, back.reason) == (
+        kind,
+        "rank 1 failed with exit code 3",
+        3,
+        "no room",
+    )
 
 
 def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):
@@ -255,9 +240,7 @@ def test_another_config_in_the_folder_is_refused_and_nothing_touched(trained):
 
 REFUSED = {
     "missing-data": (["data=image_folder", "data.root=/nowhere"], "data.root=/nowhere has no folder 'train'"),
-    "torch-norm-on-cpu": (["norm=torch"], "norm=torch on cpu"),
     "no-gpu": (["launch.device=cuda", "launch.nproc=99"], "launch.device=cpu"),
-    "unknown-model": (["model.name=resnet21"], "no such model"),
 }
 
 
@@ -343,7 +326,7 @@ def test_a_failure_of_wandb_is_reported_and_the_run_goes_on_offline(tmp_path):
             "train.accumulate=2",
             "train.clip_norm=1",
         ],
-        ["train.compile=true"],
+        ["train.compile=true", "launch.nproc=1"],  # each rank takes a minute to compile
         [
             "optim=adamw",
             "data.augment.policy=rand",

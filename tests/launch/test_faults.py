@@ -31,9 +31,7 @@ def undying(tmp_path_factory):
     ("place", "rank"),
     [
         ("backward", 1),
-        ("step", 0),
         ("save", 0),
-        ("save", 1),
         ("eval", 1),
     ],
 )

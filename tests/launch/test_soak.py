@@ -25,9 +25,9 @@ def soak():
         shutil.rmtree(folder)
 
 
-def test_ten_kills_change_no_bit_and_leave_nothing_behind(soak):
-    soak.killed(10)
-    assert len(soak.blows) == 10
+def test_five_kills_change_no_bit_and_leave_nothing_behind(soak):
+    soak.killed(5)
+    assert len(soak.blows) == 5
 
 
 def test_a_rank_that_is_killed_is_started_again_by_itself(soak):

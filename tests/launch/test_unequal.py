@@ -46,6 +46,7 @@ def copied(folder):
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_other_code_and_another_config_are_refused_and_named(tmp_path):
     there = copied(tmp_path / "there")
     for path in "syncbn/trainer/plots.py", "conf/norm/sync.yaml":
