@@ -150,7 +150,10 @@ class Watch:
         self.screen.say(f"preempted at step {step}{lost}: the same command {next_time}")
 
     def finish(self, figures: dict[str, float]) -> None:
-        """Write the result, and show what the run came to; what could not be written is `missing`."""
+        """Write the result, and show what the run came to; what could not be written is `missing`.
+
+        A run with a result is finished for good, so one that lacks something gets none.
+        """
         duration_s = self.record.time_s
         figures = {name: value for name, value in figures.items() if name.startswith("eval/")}
         result: dict[str, Any] = {
@@ -163,8 +166,9 @@ class Watch:
         if self.story.last:
             result["drift"] = {"verdicts": self.story.verdicts}
         self._close_files()
-        with self._or_missing(self.folder.result), put(self.folder.result) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        if not self.missing:
+            with self._or_missing(self.folder.result), put(self.folder.result) as file:
+                file.write(json.dumps(result, indent=1).encode() + b"\n")
         if self.missing:
             self._now("failed", error=self.incomplete())
         else:
