@@ -1,6 +1,5 @@
 """Sweeps of real runs: killed, asked to end, refused in part; the same command goes on."""
 
-import json
 import os
 import signal
 import time
@@ -64,17 +63,19 @@ def test_a_sweep_that_is_asked_to_end_saves_the_point_and_begins_no_other(tmp_pa
     assert sweep.said.splitlines()[-1].startswith("1 preempted, 1 not run: the same command goes on")
 
 
-def test_a_choice_that_cannot_be_is_refused_for_its_point_alone(tmp_path):
-    words = [*SMALL, "norm.group=3,world", "launch.nproc=2", "train.steps=2"]
+def test_choices_that_cannot_be_are_refused_for_their_points_alone(tmp_path):
+    one_value = ["model.name=tests.trainer.test_one_value:shrinking", "data.batch_per_rank=1"]
+    words = [*SMALL, *one_value, "norm=torch,local,sync", "launch.nproc=2", "train.steps=2"]
     code, said = finished([*PYTHON, *words], root=tmp_path / "runs")
     assert code == 2, said
-    (line,) = (line for line in said.splitlines() if line.startswith("point 1 of 2 refused: "))
-    reason = line.partition("refused: ")[2]
-    assert reason.startswith("norm.group=3")
-    assert f"refused: {reason} (norm.group=3)" in said.splitlines()
+    reasons = {"torch": "norm=torch on cpu", "local": "norm=local has one value per channel"}
+    for point, (norm, reason) in enumerate(reasons.items(), start=1):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"point {point} of 3 refused: {reason}"))
+        told = line.partition(": ")[2]
+        assert f"refused: {told} (norm={norm})" in said.splitlines()
     assert "error: " not in said
-    told = json.loads((folder_of(tmp_path / "runs") / "sweep.json").read_text())
-    assert [point["state"] for point in told["points"]] == ["refused", "finished"]
+    assert "Traceback" not in said
+    assert states(tmp_path / "runs") == ["refused", "refused", "finished"]
 
 
 def test_joblib_trains_points_side_by_side(tmp_path):
