@@ -12,6 +12,7 @@ size, and F.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from syncbn.trainer import runs
+from syncbn.trainer.along import drawn_along
 from syncbn.trainer.errors import PREEMPTED
+from syncbn.trainer.plots import styled
 from syncbn.trainer.points import Sweep, is_sweep, read
 
 NORMS = ("local", "sync", "group", "batch_renorm", "ws_group", "none")
@@ -106,23 +109,30 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}" + (f" (n = {len(values)})" if len(values) < len(SEEDS) else "")
 
 
-def drawn(cells: Cells) -> Any:
+@styled
+def draw(cells: Cells, file: Path) -> None:
     """The test error against images a rank, a line for each norm."""
-    from syncbn.trainer.along import drawn_along
-
+    known = {norm: [batch for batch in BATCHES if cells[norm, batch]] for norm in NORMS}
     lines = [
         {
             "name": norm,
-            "along": [str(b) for b in BATCHES if cells[norm, b]],
-            "means": [mean(cells[norm, b]) / 100 for b in BATCHES if cells[norm, b]],
-            "stds": [
-                stdev(v) / 100 if len(v := cells[norm, b]) > 1 else float("nan") for b in BATCHES if cells[norm, b]
-            ],
+            "along": [str(batch) for batch in batches],
+            "means": [mean(cells[norm, batch]) / 100 for batch in batches],
+            "stds": [stdev(each) / 100 if len(each := cells[norm, b]) > 1 else math.nan for b in batches],
         }
-        for norm in NORMS
+        for norm, batches in known.items()
     ]
     numbers = [float(value) for line in lines for value in line["along"]]
-    return drawn_along(lines, title="Test error", key="images a rank", numbers=numbers, log=True, percent=True)
+    look: Any = {"title": "Test error on CIFAR-10, mean ± std", "key": "images a rank", "log": True, "percent": True}
+    figure = drawn_along(lines, numbers=numbers, width=6.5, height=3.8, **look)
+    (axes,) = figure.axes
+    highest_first = sorted(
+        zip(lines, axes.containers, strict=True), key=lambda pair: [-value for value in pair[0]["means"][:1]]
+    )
+    names: list[str] = [line["name"] for line, _ in highest_first]
+    marks: Any = [mark for _, mark in highest_first]  # a legend takes containers, too
+    figure.legend(marks, names, loc="outside right upper", frameon=False)
+    figure.savefig(file, dpi=150, facecolor="white", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -131,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/small_batch"), help="where runs lie, and are gone on with"
     )
-    parser.add_argument("--plot", type=Path, help="an SVG file of the test error")
+    parser.add_argument("--plot", type=Path, help="draw the test error, as .svg or .png")
     parser.add_argument("words", nargs="*", help="of train.py, for every point: launch.device=cuda, say")
     given = parser.parse_intermixed_args()
     if not (given.data / "train").is_dir():
@@ -146,9 +156,7 @@ def main() -> None:
     ]
     print(f"\n{len(took)} runs, {sum(took) / 3600:.1f} h of training")
     if given.plot:
-        from syncbn.trainer.plots import svg
-
-        given.plot.write_text(svg(drawn(figures(sweep, given.runs, error)), "small-batch"))
+        draw(figures(sweep, given.runs, error), given.plot)
 
 
 if __name__ == "__main__":
