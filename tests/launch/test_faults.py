@@ -110,8 +110,10 @@ class Disk:
 
     def fill(self):
         """Leave no room, of what the job gives back by itself either, until it is unmounted."""
-        filling = 'while :; do cat /dev/zero >> "$0" 2> /dev/null; sleep 0.02; done'
-        self.filling = subprocess.Popen(["sh", "-c", filling, self.folder / "filler"])
+        fill = 'cat /dev/zero >> "$0" 2> /dev/null'
+        subprocess.run(["sh", "-c", fill, self.folder / "filler"], check=False)
+        again = f"while sleep 0.02; do {fill}; done"
+        self.filling = subprocess.Popen(["sh", "-c", again, self.folder / "filler"])
 
     def fail(self):
         """Have the kernel find an error on it: nothing can be written from here on, to open files neither."""
