@@ -1,10 +1,10 @@
-# make train | test | test-cluster | check | setup     make train ARGS="norm=local data.batch_per_rank=2"
+# make train | test | test-all | test-cluster | check | setup     make train ARGS="norm=local data.batch_per_rank=2"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup train test test-cluster check format clean
+.PHONY: setup train test test-all test-cluster check format clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/ready
@@ -26,6 +26,10 @@ test: setup
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+test-all:
+	@echo "Every test, those on a Docker engine and a Slurm too: 65 to 80 minutes on 2 cores"
+	@.ci/run all
 
 check: setup
 	$(BIN)/ruff check .

@@ -84,6 +84,7 @@ def assert_same_run(runs, undisturbed):
     assert figures(runs / "r") == figures(undisturbed / "r")
 
 
+@pytest.mark.ci
 def test_two_nodes_of_two_ranks_train_as_one_of_four_and_may_be_asked_again(engine, image, runs, undisturbed):
     with project(engine, "plain", runs) as made:
         assert made.end() == [0, 0], made.tell()

@@ -83,6 +83,7 @@ def test_docker_stop_saves_within_the_grace_period_and_the_same_command_goes_on(
     assert {path.stat().st_uid for path in runs.rglob("*")} == {1000}
 
 
+@pytest.mark.ci
 def test_docker_run_trains_the_default_job_as_any_user_with_words_on_top(engine, image, runs):
     os.chown(runs, 4321, 4321)
     done = train(engine, image, runs, "norm=local", "seed=1", "train.steps=20", options=["--user=4321:4321"])

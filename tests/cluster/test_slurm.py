@@ -57,6 +57,7 @@ def assert_same_run(job, undisturbed):
     assert figures(job.folder) == figures(undisturbed.folder)
 
 
+@pytest.mark.ci
 def test_sbatch_trains_over_both_nodes_and_leaves_one_whole_folder(undisturbed):
     facts, folder = undisturbed.facts, undisturbed.folder
     assert (facts["NodeList"], facts["NumNodes"], facts["Restarts"]) == ("n[0-1]", "2", "0")

@@ -29,7 +29,7 @@ def undying(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "rank"),
     [
-        ("backward", 1),
+        pytest.param("backward", 1, marks=pytest.mark.ci),
         ("save", 0),
         ("eval", 1),
     ],
@@ -60,7 +60,7 @@ def test_without_restarts_the_job_says_who_died(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.ci), 0])
 def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_path, rank):
     hanging = [*SHORT, "model.name=tests.launch.nets:Held", "launch.timeout_s=16", "launch.max_restarts=1"]
     (hold := tmp_path / "hold").write_text("0.3")
@@ -137,7 +137,7 @@ class Disk:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("fault", [pytest.param("full", marks=pytest.mark.ci), "read-only"])
 def test_a_disk_that_fails_costs_files_and_no_training(tmp_path, fault):
     root = tmp_path / "disk" / "runs"  # what the job says goes beside the disk
     root.mkdir(parents=True)

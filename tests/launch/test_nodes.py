@@ -110,6 +110,7 @@ def on_both(hosts, stack, root, **rendezvous):
     ]
 
 
+@pytest.mark.ci
 @needs_namespaces
 def test_a_network_cut_for_good_ends_both_sides_and_the_same_command_goes_on(hosts, undisturbed, tmp_path):
     root = tmp_path / "runs"

@@ -71,6 +71,7 @@ def assert_ends_when_asked(root, name):
     assert max(saved_steps(root / "r")) == int(line.split()[3].rstrip(":"))
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_job_that_is_asked_to_end_saves_and_goes_on(undisturbed, tmp_path):
     assert_ends_when_asked(tmp_path / "runs", "SIGTERM")
@@ -135,6 +136,7 @@ def test_another_runs_checkpoint_may_be_the_start_after_a_restart_too(undisturbe
     assert [line["step"] for line in figures(tmp_path / "runs" / "r")] == [*range(27, 49, 3), 50, 50]
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_changed_data_is_not_gone_on_with(tmp_path):
     data = image_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 2, "b": 1})
