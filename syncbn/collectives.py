@@ -57,6 +57,8 @@ class Spec:
         self.group = group
         self.plain = None if isinstance(group, ProcessGroup | DeviceMesh) else groups.plain(group)
         self.key = str(next(_keys))
+        # The default group in which `resolve` answered last, and the answer
+        self.resolved: tuple[ProcessGroup | None, ProcessGroup | None] = (None, None)
         _specs[self.key] = self
 
     def handle(self) -> ProcessGroup:
@@ -113,12 +115,16 @@ def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
     was not used before, in the same order; not so for a ProcessGroup or DeviceMesh, which are there already.
     """
     spec = _specs[key]
+    default, process_group = spec.resolved
+    if default is not None and default is dist.group.WORLD:
+        return process_group
     if not available():
         if spec.plain is None:
             raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
         return None
     process_group = spec.handle() if spec.plain is None else _form(spec, samples)
-    return process_group if process_group.size() > 1 else None
+    spec.resolved = dist.group.WORLD, process_group if process_group.size() > 1 else None
+    return spec.resolved[1]
 
 
 _of_calls: dict[Any, Spec] = {}
@@ -162,14 +168,12 @@ def _current_world() -> _World:
 
 
 def _new_group(ranks: tuple[int, ...]) -> ProcessGroup:
-    """A communicator of the operator's own, so that a message never queues behind DDP's gradient buckets."""
-    options, timeout = None, _timeout(dist.group.WORLD)
-    if dist.get_backend() == "nccl":
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        if timeout is not None:
-            options._timeout = timeout
+    """A communicator of the operator's own, so that a message never queues behind DDP's gradient buckets.
+
+    On NCCL it goes by the current stream, as all synchronous collectives of torch do, so there is no priority to set.
+    """
     return dist.new_group(  # pyright: ignore[reportReturnType]
-        ranks, timeout=timeout, pg_options=options, group_desc="syncbn"
+        ranks, timeout=_timeout(dist.group.WORLD), group_desc="syncbn"
     )
 
 
@@ -286,7 +290,7 @@ def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     if gathering:
         shared = _gather(message, group, reduction)
     else:
-        dist.all_reduce(message, group=group)
+        _all_reduce(message, group)
         shared = message
     stamps = None
     if stamp is not None:
@@ -295,6 +299,26 @@ def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     if witness is not None:
         witness.received(direction, stamps, group.size())
     return shared
+
+
+def _in_order() -> Any:
+    options = dist.AllreduceOptions()
+    # On the current stream, behind what made the message
+    options.asyncOp = False
+    return options
+
+
+_IN_ORDER = _in_order() if dist.is_available() else None
+
+
+def _all_reduce(message: Tensor, group: ProcessGroup) -> None:
+    """dist.all_reduce less its checks, which cost the host more than the rest of it; for torch.compile, with them."""
+    if torch.compiler.is_compiling():
+        dist.all_reduce(message, group=group)
+        return
+    work = group.allreduce([message], _IN_ORDER)
+    if work is not None:
+        work.wait()
 
 
 def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tensor:

@@ -1,14 +1,14 @@
 """Synchronised batch norm as one function: the kernels of this rank, one message to the others, each way."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from syncbn import collectives, kernels
 from syncbn.collectives import Exchange, Group, Reduction
-from syncbn.kernels import Affine, Form
+from syncbn.kernels import Affine, Form, Running, unpacked
 from syncbn.moments import Moments, merge, to_row
 from syncbn.recompute import Recall
 
@@ -81,9 +81,9 @@ def sync_batch_norm(
     """
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
     exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
-    relu = checked(activation) == "relu"
     channels = x.size(1) if x.dim() > 1 else 0
-    return batch_norm(x, weight, bias, mask, residual, eps, relu, channels, exchange, None, None)
+    y, stats = batch_norm(x, weight, bias, mask, residual, channels, Call(exchange, eps, checked(activation) == "relu"))
+    return y, unpacked(stats)[0]
 
 
 def checked(activation: Activation) -> Activation:
@@ -93,34 +93,52 @@ def checked(activation: Activation) -> Activation:
     return activation
 
 
+class Call(NamedTuple):
+    """What a call of batch norm is given besides its tensors.
+
+    running: the buffers to be moved. recall: what the layer's peers said in forwards that may run again.
+    """
+
+    exchange: Exchange
+    eps: float = 1e-5
+    relu: bool = False
+    running: Running | None = None
+    recall: Recall | None = None
+    observer: Observer | None = None
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     residual: Tensor | None,
-    eps: float,
-    relu: bool,
     channels: int,
-    exchange: Exchange,
-    recall: Recall | None,
-    observer: Observer | None,
-) -> tuple[Tensor, Moments]:
-    """sync_batch_norm for a layer of `channels`, which knows its peers, may recall what they said and be observed."""
+    call: Call,
+) -> tuple[Tensor, Tensor]:
+    """sync_batch_norm for a layer of `channels`: y, and kernels' stats [3C + 1] of the whole batch."""
+    exchange = call.exchange
     try:
         mask = _checked(x, weight, bias, mask, residual, channels)
     except (TypeError, ValueError):
         collectives.refuse(channels, exchange, x.device)
         raise
-    residual = None if residual is None else residual.to(x.dtype)
-    anchor = None if exchange.group is None else _ANCHOR
-    y, *moments = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall, observer)
-    return y, Moments(*moments)
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    anchor = None if exchange.group is None or x.requires_grad else _ANCHOR
+    running = call.running
+    if running is None or not (call.observer is not None or torch.compiler.is_compiling()):
+        return _BatchNorm.apply(x, weight, bias, residual, anchor, mask, call)
+    # An observer compares the batch with the buffers as they were; compiled, a Function may not change its inputs
+    y, stats = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, call._replace(running=None))
+    kernels.choose(x).update_running(running, stats)
+    return y, stats
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, anchor, mask, eps, relu, exchange, recall, observer):
+    def forward(ctx, x, weight, bias, residual, anchor, mask, call):
+        exchange, eps, relu, running, recall, observer = call
         kernel, form = kernels.choose(x), collectives.form(exchange)
         local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
         if recall is not None and recall.due():
@@ -130,40 +148,42 @@ class _BatchNorm(torch.autograd.Function):
             shared = collectives.share_moments(local.packed.clone() if kept else local.packed, exchange)
             if recall is not None:
                 recall.keep(local.packed, shared, ctx)
-        moments, invstd = kernel.statistics(shared, eps)
-        _check_count(moments.count, x, mask)
+        _check_count(shared, x, mask)
+        affine = Affine(weight, bias, relu, eps)
+        y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
         if observer is not None:
-            observer.observe(local.packed, form, local.between_images, moments)
-        affine = Affine(moments.mean, invstd, weight, bias, relu)
-        y = kernel.normalize(x, affine, residual, local.work)
+            observer.observe(local.packed, form, local.between_images, unpacked(stats)[0])
         ctx.needs_y = relu and (kernel.NEEDS_Y or residual is not None)
-        ctx.save_for_backward(x, *affine[:4], moments.count, mask, y if ctx.needs_y else None)
-        ctx.eps, ctx.relu, ctx.exchange, ctx.added = eps, relu, exchange, residual is not None
-        ctx.mark_non_differentiable(*moments)
-        return y, *moments
+        ctx.save_for_backward(x, stats, weight, bias, mask, y if ctx.needs_y else None)
+        ctx.call, ctx.added = call, residual is not None
+        ctx.mark_non_differentiable(stats)
+        # Or backward would begin by filling a gradient of stats with zeros
+        ctx.set_materialize_grads(False)
+        return y, stats
 
     @staticmethod
-    def backward(ctx, dy, *_):
-        x, mean, invstd, weight, bias, count, mask, y = ctx.saved_tensors
+    def backward(ctx, dy, _):
+        x, stats, weight, bias, mask, y = ctx.saved_tensors
+        exchange, eps, relu, *_ = ctx.call
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_backward_to_differentiate(ctx, dy), *[None] * 7
-        kernel, affine = kernels.choose(x), Affine(mean, invstd, weight, bias, ctx.relu)
-        packed, dweight, dbias, g = kernel.grad_sums(dy, x, affine, y)
+            return *_backward_to_differentiate(ctx, dy), None, None, None
+        kernel, affine = kernels.choose(x), Affine(weight, bias, relu, eps)
+        packed, dweight, dbias, g = kernel.grad_sums(dy, x, stats, affine, y)
         # Whatever this rank needs of it, its peers need its part
-        sums = collectives.share_sums(packed, ctx.exchange)
+        sums = collectives.share_sums(packed, exchange)
         dx = None
         if ctx.needs_input_grad[0]:
             past_relu = affine if y is None else affine._replace(relu=False)
-            dx = kernel.grad_input(g, x, past_relu, sums, count, mask)
-        return dx, dweight, dbias, g if ctx.added else None, *[None] * 7
+            dx = kernel.grad_input(g, x, stats, past_relu, sums, mask)
+        return dx, dweight, dbias, g if ctx.added else None, None, None, None
 
 
 def _backward_to_differentiate(ctx, dy):
     """dx, dweight, dbias and dresidual, with their own graph: backward through the formula in plain operators."""
-    x, _, _, weight, bias, _, mask, y = ctx.saved_tensors
+    x, _, weight, bias, mask, y = ctx.saved_tensors
     anchor = torch.zeros(0, requires_grad=True)
-    composed = _composed(x, weight, bias, anchor, mask, ctx.eps, ctx.exchange)
-    g = dy * ((composed if y is None else y) > 0) if ctx.relu else dy
+    composed = _composed(x, weight, bias, anchor, mask, ctx.call.eps, ctx.call.exchange)
+    g = dy * ((composed if y is None else y) > 0) if ctx.call.relu else dy
     inputs = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
     wanted = [anchor, *(t for t in inputs if t is not None)]
     # The anchor takes part so that the collectives within run on every rank
@@ -219,17 +239,17 @@ def _checked(x, weight, bias, mask, residual, channels: int) -> Tensor | None:
     return mask
 
 
-def _check_count(count: Tensor, x: Tensor, mask: Tensor | None) -> None:
+def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
     """Refuse, on every rank, a whole batch that has no variance, or part of which was refused."""
     one_value = "the whole batch has one value per channel: a variance needs more"
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = count.item()
+    if not x.is_cuda and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = shared[..., -1].sum().item()
         if size == 1:
             raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
         if size != size:
             raise ValueError("another rank of the group refused its input to this layer: its own error says why")
     elif mask is not None or x.numel() <= x.size(1):
-        torch._assert_async(count != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
+        torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:

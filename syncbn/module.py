@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import collectives, functional, kernels, recompute
+from syncbn import collectives, functional, recompute
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
-from syncbn.functional import Activation, Observer
+from syncbn.functional import Activation, Call, Observer
+from syncbn.kernels import Running, unpacked
 from syncbn.moments import Moments
 
 
@@ -103,7 +104,7 @@ class SyncBatchNorm(_BatchNorm):
         relu = functional.checked(activation or self.activation) == "relu"
         if not self.training:
             return self._by_running_statistics(x, residual, relu)
-        return self.by_batch(x, self.weight, self.bias, mask, residual, relu)[0]
+        return self._by_batch(x, self.weight, self.bias, mask, residual, relu)[0]
 
     def by_batch(
         self,
@@ -118,27 +119,33 @@ class SyncBatchNorm(_BatchNorm):
 
         For subclasses that do more with them. The running buffers have moved afterwards.
         """
+        y, stats = self._by_batch(x, weight, bias, mask, residual, relu)
+        return y, unpacked(stats)[0]
+
+    def _by_batch(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
         recall = None
         if not torch.compiler.is_compiling() and recompute.possible():
             recall = vars(self).setdefault("_recall", recompute.Recall())
-        recomputing = recall is not None and recall.due()
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
-        y, moments = functional.batch_norm(
-            x,
-            weight,
-            bias,
-            mask,
-            residual,
-            self.eps,
-            relu,
-            self.num_features,
-            exchange,
-            recall,
-            None if recomputing else self.observer,
-        )
-        if not recomputing:
-            self._update_running(x, moments)
-        return y, moments
+        if recall is not None and recall.due():
+            call = Call(exchange, self.eps, relu, None, recall)
+        else:
+            call = Call(exchange, self.eps, relu, self._running(), recall, self.observer)
+        return functional.batch_norm(x, weight, bias, mask, residual, self.num_features, call)
+
+    def _running(self) -> Running | None:
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or batches is None:
+            return None
+        return Running(mean, var, batches, self.momentum)
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
         spec = vars(self)["_spec"]
@@ -153,11 +160,6 @@ class SyncBatchNorm(_BatchNorm):
                 "syncbn.revert(model) to train in this process alone"
             )
         return process_group
-
-    def _update_running(self, x: Tensor, moments: Moments) -> None:
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is not None and var is not None and batches is not None:
-            kernels.choose(x).update_running(mean, var, batches, moments, self.momentum)
 
     def _by_running_statistics(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         self._check_input_dim(x)

@@ -1,22 +1,26 @@
 """The work of one rank, behind one contract; nothing here communicates.
 
-Four passes over x, and between them two steps over channels, of which nothing waits for the host:
+Four passes over x, of which nothing waits for the host; those behind a message also do what is to be done with it:
 
-    moments(x, mask, form, per_image) -> Local                  local moments, packed in that form to be sent
-    statistics(shared, eps) -> Moments, invstd                  shared: the sum of messages [2C+1], or rows [W, 2C+1]
-    update_running(...)                                         as in moments.py, in place
-    normalize(x, affine, residual, work) -> y                   relu(weight * xhat + bias + residual)
-    grad_sums(dy, x, affine, y) -> Sums                         gradients past the relu, and their sums to be sent
-    grad_input(g, x, affine, sums, count, mask) -> dx           sums: those of the group
+    moments(x, mask, form, per_image) -> Local                    local moments, packed in that form to be sent
+    normalize(x, shared, affine, residual, running) -> y, stats   relu(weight * xhat + bias + residual)
+    grad_sums(dy, x, stats, affine, y) -> Sums                    gradients past the relu, and their sums to be sent
+    grad_input(g, x, stats, affine, sums, mask) -> dx             sums: those of the group
 
-x, y, dy, g, dx and residual are [N, C, *S] and keep dtype and memory format. Everything per channel is [C]; mean,
-invstd, moments and sums are float64, whatever x is, and (x - mean) keeps its digits however far mean is from zero. N or
-*S may be empty: then moments and sums are zero. mask is a bool tensor that broadcasts to x, or None: moments are those
-of the elements where it is True, which alone receive the gradient that flows through them.
+    update_running(running, stats)                                as in moments.py, in place; where normalize did not
+
+x, y, dy, g, dx and residual are [N, C, *S] and keep dtype and memory format. Everything per channel is [C]; shared,
+stats and sums are float64, whatever x is, and (x - mean) keeps its digits however far mean is from zero. N or *S may be
+empty: then moments and sums are zero. mask is a bool tensor that broadcasts to x, or None: moments are those of the
+elements where it is True, which alone receive the gradient that flows through them.
+
+shared: the sum of messages, [2C + 1], or rows, [W, 2C + 1]. stats: [3C + 1] = [mean | m2 | count | invstd] of the whole
+batch, one tensor as it costs the host less than four; `unpacked` takes it apart.
 """
 
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from syncbn.moments import Moments
@@ -39,13 +43,21 @@ class Local(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """How x becomes y: weight * (x - mean) * invstd + bias, and then relu."""
+    """How x becomes y: weight * (x - mean) / sqrt(var + eps) + bias, and then relu."""
 
-    mean: Tensor
-    invstd: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
     relu: bool = False
+    eps: float = 1e-5
+
+
+class Running(NamedTuple):
+    """The running buffers, and the weight of a new batch in them; None for the cumulative average."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: float | None
 
 
 class Sums(NamedTuple):
@@ -62,6 +74,18 @@ class Sums(NamedTuple):
     g: Tensor
 
 
+def unpacked(stats: Tensor) -> tuple[Moments, Tensor]:
+    """The Moments in stats, and invstd."""
+    channels = stats.size(0) // 3
+    mean, m2, count, invstd = stats.split_with_sizes([channels, channels, 1, channels])
+    return Moments(count.view(()), mean, m2), invstd
+
+
+def to_stats(moments: Moments, eps: float) -> Tensor:
+    """[3C + 1] of the whole batch's moments."""
+    return torch.cat([moments.mean, moments.m2, moments.count.view(1), (moments.var + eps).rsqrt()])
+
+
 class Kernels(Protocol):
     """A module that keeps the contract.
 
@@ -72,17 +96,17 @@ class Kernels(Protocol):
     def NEEDS_Y(self) -> bool: ...
 
     def moments(self, x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local: ...
-    def statistics(self, shared: Tensor, eps: float) -> tuple[Moments, Tensor]: ...
-    def update_running(
+    def normalize(
         self,
-        running_mean: Tensor,
-        running_var: Tensor,
-        num_batches_tracked: Tensor,
-        moments: Moments,
-        momentum: float | None,
-    ) -> None: ...
-    def normalize(self, x: Tensor, affine: Affine, residual: Tensor | None, work: Any) -> Tensor: ...
-    def grad_sums(self, dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums: ...
+        x: Tensor,
+        shared: Tensor,
+        affine: Affine,
+        residual: Tensor | None = None,
+        running: Running | None = None,
+        work: Any = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def update_running(self, running: Running, stats: Tensor) -> None: ...
+    def grad_sums(self, dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | None) -> Sums: ...
     def grad_input(
-        self, g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None
+        self, g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None
     ) -> Tensor: ...

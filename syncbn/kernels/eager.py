@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn.kernels.contract import Affine, Form, Local, Sums
-from syncbn.moments import Moments, to_message, to_row, unpack, update_running
+from syncbn import moments as of_moments
+from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, to_stats, unpacked
+from syncbn.moments import Moments, to_message, to_row, unpack
 
-__all__ = ["grad_input", "grad_sums", "moments", "normalize", "statistics", "update_running"]
+__all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
 _native = torch.ops.aten.native_batch_norm
 _native_backward = torch.ops.aten.native_batch_norm_backward
@@ -32,29 +33,40 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
     return Local(to_message(local) if form == "message" else to_row(local), work, between_images)
 
 
-def statistics(shared: Tensor, eps: float) -> tuple[Moments, Tensor]:
-    merged = unpack(shared)
-    return merged, (merged.var + eps).rsqrt()
+def normalize(
+    x: Tensor,
+    shared: Tensor,
+    affine: Affine,
+    residual: Tensor | None = None,
+    running: Running | None = None,
+    work: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    stats = to_stats(unpack(shared), affine.eps)
+    if running is not None:
+        update_running(running, stats)
+    return finish(_normalized(x, stats, affine, work), residual, affine.relu), stats
 
 
-def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: tuple[Tensor, Tensor] | None) -> Tensor:
-    return finish(_normalized(x, affine, work), residual, affine.relu)
+def update_running(running: Running, stats: Tensor) -> None:
+    mean, var, batches, momentum = running
+    of_moments.update_running(mean, var, batches, unpacked(stats)[0], momentum)
 
 
-def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
+def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     g = past_relu(dy, y, affine)
     if x.numel() == 0:
-        return as_sums(affine.mean.new_zeros(2 * x.size(1)), affine, g)
-    pivot = affine.mean.to(_statistics_dtype(x))
+        return as_sums(stats.new_zeros(2 * x.size(1)), affine, g)
+    moments, invstd = unpacked(stats)
+    pivot = moments.mean.to(_statistics_dtype(x))
     total, dot = _sums(g, x, pivot)
-    return as_sums(torch.cat([total, torch.addcmul(dot, pivot - affine.mean, total).mul_(affine.invstd)]), affine, g)
+    return as_sums(torch.cat([total, torch.addcmul(dot, pivot - moments.mean, total).mul_(invstd)]), affine, g)
 
 
-def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
+def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None) -> Tensor:
     # dx = (g - mean_g - xhat * mean_g_xhat) * scale, as an affine map of x plus one of g
-    mean, invstd = affine.mean, affine.invstd
+    (count, mean, _), invstd = unpacked(stats)
     mean_g, mean_g_xhat = (sums / count.clamp(min=1)).chunk(2)
-    scale = _scale(x, affine)
+    scale = _scale(x, invstd, affine)
     slope = (invstd * mean_g_xhat).to(scale.dtype).mul_(scale).neg_()
     if _is_half(x):
         through_moments = _scaled(x, mean, slope, -scale * mean_g)
@@ -137,8 +149,9 @@ def _between_images(totals: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([apart.clamp_(min=0), (counts > 0).sum(0, dtype=torch.float64)])
 
 
-def _normalized(x: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:
-    mean, bias, scale = affine.mean, affine.bias, _scale(x, affine)
+def _normalized(x: Tensor, stats: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:
+    (_, mean, _), invstd = unpacked(stats)
+    bias, scale = affine.bias, _scale(x, invstd, affine)
     if _is_half(x):
         return _scaled(x, mean, scale, bias)
     centred, pivot = _centred(x, mean) if work is None else work
@@ -148,9 +161,9 @@ def _normalized(x: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -
     return torch.addcmul(shift, centred, scale) if work is None else centred.mul_(scale).add_(shift)
 
 
-def _scale(x: Tensor, affine: Affine) -> Tensor:
+def _scale(x: Tensor, invstd: Tensor, affine: Affine) -> Tensor:
     """[C] what x - mean is multiplied by, in the dtype of statistics."""
-    invstd = affine.invstd.to(_statistics_dtype(x))
+    invstd = invstd.to(_statistics_dtype(x))
     return invstd if affine.weight is None else invstd * affine.weight
 
 
@@ -243,8 +256,9 @@ def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def _parameter_gradients(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    one = torch.ones_like(mean)
-    _, dot, total = _native_backward(dy, x, one, mean, one, None, None, False, 0.0, [False, True, True])
+    one, unused = torch.ones_like(mean), mean.new_empty(0)
+    # Without training saved statistics are not read; but on CUDA they must be there
+    _, dot, total = _native_backward(dy, x, one, mean, one, unused, unused, False, 0.0, [False, True, True])
     return torch.stack([total, dot]).double()
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import eager
-from syncbn.kernels.contract import Affine, Form, Local, Sums
-from syncbn.kernels.eager import statistics, update_running
-from syncbn.moments import Moments, to_message, to_row
+from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, to_stats, unpacked
+from syncbn.kernels.eager import update_running
+from syncbn.moments import Moments, to_message, to_row, unpack
 
-__all__ = ["grad_input", "grad_sums", "moments", "normalize", "statistics", "update_running"]
+__all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
 NEEDS_Y = True
 
@@ -28,31 +28,44 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
     return Local(to_message(local) if form == "message" else to_row(local))
 
 
-def normalize(x: Tensor, affine: Affine, residual: Tensor | None, work: None) -> Tensor:
+def normalize(
+    x: Tensor,
+    shared: Tensor,
+    affine: Affine,
+    residual: Tensor | None = None,
+    running: Running | None = None,
+    work: None = None,
+) -> tuple[Tensor, Tensor]:
+    stats = to_stats(unpack(shared), affine.eps)
+    if running is not None:
+        update_running(running, stats)
     if x.numel() == 0:
-        return torch.empty_like(x)
-    mean, invstd = _in_float(affine)
-    return eager.finish(torch.batch_norm_elemt(x, affine.weight, affine.bias, mean, invstd, 0.0), residual, affine.relu)
+        return torch.empty_like(x), stats
+    y = torch.batch_norm_elemt(x, affine.weight, affine.bias, *_mean_and_invstd(x, stats), 0.0)
+    return eager.finish(y, residual, affine.relu), stats
 
 
-def grad_sums(dy: Tensor, x: Tensor, affine: Affine, y: Tensor | None) -> Sums:
+def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     if x.numel() == 0:
-        return eager.grad_sums(dy, x, affine, y)
+        return eager.grad_sums(dy, x, stats, affine, y)
     g = eager.past_relu(dy, y, affine)
-    mean, invstd = _in_float(affine)
+    mean, invstd = _mean_and_invstd(x, stats)
     total, dot, *_ = torch.batch_norm_backward_reduce(g, x, mean, invstd, affine.weight, True, False, False)
     return eager.as_sums(torch.cat([total, dot * invstd]).double(), affine, g)
 
 
-def grad_input(g: Tensor, x: Tensor, affine: Affine, sums: Tensor, count: Tensor, mask: Tensor | None) -> Tensor:
+def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None or x.numel() == 0:
-        return eager.grad_input(g, x, affine, sums, count, mask)
-    mean, invstd = _in_float(affine)
+        return eager.grad_input(g, x, stats, affine, sums, mask)
+    whole, exact_invstd = unpacked(stats)
+    mean, invstd = _mean_and_invstd(x, stats)
     total, dot_xhat = sums.chunk(2)
-    dot, counts = (dot_xhat / affine.invstd).to(mean.dtype), count.to(torch.int32).view(1)
-    total = total.to(mean.dtype)
-    return torch.batch_norm_backward_elemt(g, x, mean, invstd, affine.weight, total, dot, counts)
+    dot, counts = (dot_xhat / exact_invstd).to(mean.dtype), whole.count.to(torch.int32).view(1)
+    return torch.batch_norm_backward_elemt(g, x, mean, invstd, affine.weight, total.to(mean.dtype), dot, counts)
 
 
-def _in_float(affine: Affine) -> tuple[Tensor, Tensor]:
-    return affine.mean.float(), affine.invstd.float()
+def _mean_and_invstd(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """[C] each, in the dtype that torch's kernels accumulate x in."""
+    moments, invstd = unpacked(stats)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return moments.mean.to(dtype), invstd.to(dtype)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import DesyncError, DesyncMonitor, SyncBatchNorm, collectives, convert
+from tests.messages import recorded
 from tests.ranks import run_ranks
 
 PATIENCE_S = 1.0
@@ -419,11 +420,9 @@ def clean_run(rank):
 
 def lengths(model):
     """Of the first and last message of a step."""
-    sent = []
-    real = dist.all_reduce
-    with patch.object(dist, "all_reduce", lambda t, **kwargs: (sent.append(t.numel()), real(t, **kwargs))[1]):
+    with recorded() as sent:
         model(torch.randn(2, 3, 4, 4)).square().sum().backward()
-    return sent[0], sent[-1]
+    return sent[0][1], sent[-1][1]
 
 
 def test_a_clean_run_raises_and_reports_nothing():

@@ -1,7 +1,5 @@
 """Backward: what is sent when, by whom, and gradients of gradients."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,34 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm, reference, sync_batch_norm
+from tests.messages import recorded
 from tests.op.steps import EXACT, batch, layer_of
 from tests.ranks import run_ranks
-
-
-class CountedMessages:
-    """Every collective of the block, in order: its name, the number of elements that a rank sends, their dtype."""
-
-    def __enter__(self):
-        self.sent = []
-        self.patches = [
-            patch.object(dist, "all_reduce", self.counting("all_reduce", dist.all_reduce, 0)),
-            patch.object(dist, "all_gather_into_tensor", self.counting("all_gather", dist.all_gather_into_tensor, 1)),
-            *(patch.object(dist, name, side_effect=AssertionError(name)) for name in ("broadcast", "all_gather")),
-        ]
-        for one in self.patches:
-            one.start()
-        return self.sent
-
-    def __exit__(self, *_):
-        for one in self.patches:
-            one.stop()
-
-    def counting(self, name, real, message):
-        def call(*args, **kwargs):
-            self.sent.append((name, args[message].numel(), args[message].dtype))
-            return real(*args, **kwargs)
-
-        return call
 
 
 def messages_of_a_step(rank, x, options, with_mask):
@@ -45,9 +18,9 @@ def messages_of_a_step(rank, x, options, with_mask):
     layer(x).sum()  # the group is formed here
     mask = torch.ones(len(x), dtype=torch.bool) if with_mask else None
     x = x.clone().requires_grad_()
-    with CountedMessages() as sent:
+    with recorded() as sent:
         layer(x, mask=mask).sum().backward()
-    with CountedMessages() as nothing:
+    with recorded() as nothing:
         layer.eval()(x).sum().backward()
     assert nothing == []
     return sent

@@ -52,9 +52,9 @@ def test_training_with_a_frozen_layer_uses_its_buffers_and_sends_nothing():
 
 
 def frozen(rank, layer, x, dy):
-    from tests.op.test_gradients import CountedMessages
+    from tests.messages import recorded
 
-    with CountedMessages() as sent:
+    with recorded() as sent:
         got = frozen_alone(nn.Sequential(layer).train(), x.split(4)[rank], dy.split(4)[rank])
     assert sent == []
     return got

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
+from tests.messages import recorded
 from tests.op.steps import EXACT, batch
-from tests.op.test_gradients import CountedMessages
 from tests.ranks import run_ranks
 
 
@@ -42,7 +42,7 @@ def trained(rank, xs, outer, inner, forwards):
     net = Segments(outer, inner)
     net(xs[rank])  # the group is formed here; no backward follows
     inputs = [(xs[rank] * (i + 1)).requires_grad_() for i in range(forwards)]
-    with CountedMessages() as sent:
+    with recorded() as sent:
         losses = [net(x).square().sum() for x in inputs]
         sum(losses).backward()
     del losses
