@@ -1,10 +1,10 @@
-# make train | test | test-all | test-cluster | check | setup     make train ARGS="norm=local data.batch_per_rank=2"
+# make train | test | test-all | test-cluster | gpu | check | setup     make train ARGS="norm=local data.batch_per_rank=2"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup train test test-all test-cluster check format clean
+.PHONY: setup train test test-all test-cluster gpu check format clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/ready
@@ -30,6 +30,10 @@ test-cluster: setup
 test-all:
 	@echo "Every test, those on a Docker engine and a Slurm too: 65 to 80 minutes on 2 cores"
 	@.ci/run all
+
+# Where there is no .venv, as on a machine that has torch already: nothing is installed
+gpu:
+	@PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.sh $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -8,9 +8,11 @@ turns with and without a monitor instead, by the GPU's clock. One rank does as w
 """
 
 import argparse
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,7 @@ from syncbn.drift.observer import Observer
 from syncbn.kernels import eager
 from syncbn.trainer import models
 from syncbn.trainer.models import ModelConfig
-from syncbn.trainer.run import BROADCAST_BUFFERS
-from syncbn.trainer.world import schedule_as_batch
+from syncbn.trainer.world import BROADCAST_BUFFERS, schedule_as_batch
 
 LEVELS = ("off", "rank", "image")
 # All that a monitor adds to a step on a CPU, but for one copy of 2C + 1 numbers a layer
@@ -88,7 +89,7 @@ def shares(turn: Step, clock: Clock, count: int) -> tuple[list[float], list[floa
     return quartiles(found), quartiles(rest)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
@@ -96,7 +97,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a turn, from reading to reading")
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args(given)
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     on_gpu = options.device == "cuda"
@@ -106,28 +108,31 @@ def main() -> None:
         torch.set_num_threads(1)
         schedule_as_batch()
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    lines = _on_gpu(options) if on_gpu else _on_cpu(options)
+    lines, found = _on_gpu(options) if on_gpu else _on_cpu(options)
     if dist.get_rank() == 0:
-        print(machine(options.device))
         told = f"{options.images} images of {options.size}², {options.turns} turns of {options.steps} steps"
-        print(f"{options.model}, {dist.get_world_size()} ranks × {told}", *lines, sep="\n")
+        told = f"{options.model}, {dist.get_world_size()} ranks × {told}"
+        print(machine(options.device), told, *lines, sep="\n")
+        if options.json is not None:
+            options.json.write_text(json.dumps({"machine": machine(options.device), "told": told, **found}) + "\n")
     dist.destroy_process_group()
 
 
-def _on_cpu(options: argparse.Namespace) -> list[str]:
-    clock, lines = Clock(), []
+def _on_cpu(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    clock, lines, found = Clock(), [], {}
     for owner, name in OWN:
         clock.watch(owner, name)
     for level in LEVELS[1:]:
         share, rest = shares(contestant(level, options), clock, options.turns)
+        found[level] = share
         step_ms = 1e3 * rest[1] / options.steps
         lines.append(
             f"{level:<6} {share[1]:.2%} ({share[0]:.2%} {share[2]:.2%}) of a step of {step_ms:.1f} ms without it"
         )
-    return lines
+    return lines, {"shares": found}
 
 
-def _on_gpu(options: argparse.Namespace) -> list[str]:
+def _on_gpu(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     # The same number of turns on every rank
     steps = {level: contestant(level, options) for level in LEVELS}
     times = turns(steps, 0, gpu_clock(1, queued=False), options.turns)
@@ -137,7 +142,7 @@ def _on_gpu(options: argparse.Namespace) -> list[str]:
         lines.append(
             f"{level:<6} {ms:8.2f} ms a step   of off, turn by turn: {ratio[1]:.3f} ({ratio[0]:.3f} {ratio[2]:.3f})"
         )
-    return lines
+    return lines, {"ratios": {level: ratios(times, level, "off") for level in LEVELS}}
 
 
 if __name__ == "__main__":

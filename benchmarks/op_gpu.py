@@ -1,5 +1,7 @@
 """What the operator costs on a GPU, forward and backward: `python -m benchmarks.op --device cuda` prints it.
 
+    python -m benchmarks.op_gpu [--cases few] [--seconds 1] [--json FILE]        without the operator's tests first
+
     cudnn    F.batch_norm           torch   torch.nn.SyncBatchNorm, made to send though alone: benchmarks/forced.py
     native   syncbn, made to send, with torch's kernels (kernels/native.py)       syncbn   the same, with Triton's
 
@@ -16,7 +18,11 @@ the greatest error of y and of every gradient, as the norm of the difference ove
 rounding turns at the relu counts in full. What is far off is WRONG, and op.py ends with an error.
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -45,6 +51,10 @@ for other in (torch.float32, "NHWC"), (torch.bfloat16, "NCHW"), (torch.float32, 
     CASES += [(shape, *other) for shape in FEW]
 
 Case = tuple[tuple[int, ...], torch.dtype, str]
+# Those that the table of RESULTS.md asks for
+WANTED_CASES = [case for case in CASES if case[0] == (256, 64, 112, 112) and case[1:] != (torch.float32, "NCHW")]
+WANTED_CASES += [(shape, torch.bfloat16, "NHWC") for shape in ((256, 1024, 14, 14), (32, 256, 56, 56))]
+IN_SMALL: list[Case] = [((2, 16, 5, 4), torch.float32, "NHWC")]
 
 
 class Inputs(NamedTuple):
@@ -145,12 +155,12 @@ def errors(steps: dict[str, Step], given: Inputs, kind: str) -> dict[str, float]
     return found
 
 
-def report(seconds: float) -> list[dict[str, Any]]:
+def report(seconds: float, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
     """measure, beside the bandwidth of a copy."""
     with forced.world_of_one("cuda"):
         low, middle, high = timing.copy_gb_per_s()
         print(f"a copy of 1 GiB reads and writes {middle:.0f} GB/s together (quartiles {low:.0f} {high:.0f})\n")
-        return measure(seconds=seconds, copy=middle)
+        return measure(cases, seconds, copy=middle)
 
 
 def measure(
@@ -201,3 +211,28 @@ def line(case: Case, kind: str, times: Times, error: dict[str, float], copy: flo
         text += f"{'-':>14}{'':15}"
     others = max(value for name, value in error.items() if name != "syncbn")
     return text + f"{WANTED_OF_TORCH.get(kind, '-'):>7}{error['syncbn']:9.1e}{others:9.1e}"
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: one small case")
+    parser.add_argument("--cases", choices=("all", "few"), default="all", help="few: those of RESULTS.md's table")
+    parser.add_argument("--seconds", type=float, default=1, help="time for each row")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args(given)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU")
+    machine = timing.machine(options.device)
+    print(machine)
+    if options.device == "cpu":
+        rows = measure(IN_SMALL, options.seconds, "cpu")
+    else:
+        rows = report(options.seconds, CASES if options.cases == "all" else WANTED_CASES)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}) + "\n")
+    if any(row["wrong"] for row in rows):
+        sys.exit("some contestants are WRONG: see above")
+
+
+if __name__ == "__main__":
+    main()

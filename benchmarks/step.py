@@ -18,8 +18,9 @@ local's eager step. On a CPU, one thread.
     messages    collectives that a step hands to its process group; a graph replays those that were captured
     cosine      between the first gradient, in float32 and not compiled, and that with local
 
-Then what one layer costs, by itself: `benchmarks.layers`. FILE holds all of it as one JSON object, of which "step_ms",
-images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE` reads.
+Before them what one layer costs, by itself, is timed, and printed last: `benchmarks.layers`. FILE holds all of it as
+one JSON object, of which "step_ms", images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE`
+reads.
 """
 
 import argparse
@@ -66,6 +67,18 @@ class Figures(NamedTuple):
     gradient: Tensor
 
 
+class Built(NamedTuple):
+    """A contestant's step, and what was seen while it was built: the most memory, the first gradient.
+
+    sending: the step whose messages are counted; a graph's are those of the step that it captured.
+    """
+
+    step: Step
+    sending: Step
+    memory_mib: float | None
+    gradient: Tensor
+
+
 class Training:
     """A model, its batch and its optimiser; calling it is one step."""
 
@@ -99,8 +112,8 @@ def contestants(images: int, compiled: Sequence[int], device: str) -> list[Conte
     return [*eager, *graphs, *([Contestant("syncbn", "compile")] if images in compiled else [])]
 
 
-def build(contestant: Contestant, options: argparse.Namespace, images: int) -> tuple[Step, Figures]:
-    """A contestant's step, warmed up, and what is counted in it."""
+def build(contestant: Contestant, options: argparse.Namespace, images: int) -> Built:
+    """A contestant's step, warmed up."""
     device, on_gpu = options.device, options.device == "cuda"
     gc.collect()
     before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -110,9 +123,8 @@ def build(contestant: Contestant, options: argparse.Namespace, images: int) -> t
     gradient = training.gradient()
     for _ in range(WARM_UP):
         training()
-    messages = forced.messages(training)
     if not on_gpu:
-        return training, Figures(None, None, None, messages, gradient)
+        return Built(training, training, None, gradient)
     step = training
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -121,7 +133,13 @@ def build(contestant: Contestant, options: argparse.Namespace, images: int) -> t
     else:
         step()
     peak = torch.cuda.max_memory_allocated() - before
-    return step, Figures(peak / 2**20, kernels(step), host_waits(step), messages, gradient)
+    return Built(step, training, peak / 2**20, gradient)
+
+
+def count(built: Built, on_gpu: bool) -> Figures:
+    """What there is in a step. After all are timed: once it has run, the profiler slows every launch."""
+    on_the_gpu = (kernels(built.step), host_waits(built.step)) if on_gpu else (None, None)
+    return Figures(built.memory_mib, *on_the_gpu, forced.messages(built.sending), built.gradient)
 
 
 def captured(training: Training) -> Step:
@@ -170,18 +188,19 @@ def host_waits(step: Step) -> int:
 def measure(options: argparse.Namespace, images: int) -> tuple[Times, dict[str, Figures]]:
     """ms of a step of each contestant, turn by turn, and what was counted in one."""
     torch.compiler.reset()
-    steps: dict[str, Step] = {}
-    counted: dict[str, Figures] = {}
+    built: dict[str, Built] = {}
     for contestant in contestants(images, options.compile, options.device):
         name = str(contestant)
         try:
-            steps[name], counted[name] = build(contestant, options, images)
+            built[name] = build(contestant, options, images)
         except Exception as error:
             if name == "local":
                 raise
             print(f"{name}: left out, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-    clock = timing.gpu_clock(5, queued=False) if options.device == "cuda" else timing.host_ms
-    return timing.turns(steps, options.seconds, clock), counted
+    on_gpu = options.device == "cuda"
+    clock = timing.gpu_clock(5, queued=False) if on_gpu else timing.host_ms
+    times = timing.turns({name: one.step for name, one in built.items()}, options.seconds, clock)
+    return times, {name: count(one, on_gpu) for name, one in built.items()}
 
 
 def table(images: int, times: Times, counted: dict[str, Figures]) -> str:
@@ -261,6 +280,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if options.device == "cuda":
             # What cuBLAS and cuDNN keep from their first step is no contestant's memory
             build(Contestant("local"), options, options.images[0])
+        tables = layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
         for images in options.images:
             times, counted = measure(options, images)
             print(f"\n{table(images, times, counted)}", flush=True)
@@ -269,10 +289,9 @@ def main(given: Sequence[str] | None = None) -> None:
             found["step_ms"][str(images)] = timing.quartiles(times["local"])[1]
             found["steps"][str(images)] = {name: row(times[name], counted[name], counted["local"]) for name in times}
             keep(found, options.json)
-        tables = layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
-    count = len(layers.shapes(options.model, options.layer_images, options.size))
-    print(f"\n{layers.table(tables, count, options.layer_images)}\nsteal meanwhile: {timing.stolen(before):.0%}")
-    keep(found | {"layers": {"count": count, "images": options.layer_images, "ms_of_all": tables}}, options.json)
+    of = len(layers.shapes(options.model, options.layer_images, options.size))
+    print(f"\n{layers.table(tables, of, options.layer_images)}\nsteal meanwhile: {timing.stolen(before):.0%}")
+    keep(found | {"layers": {"count": of, "images": options.layer_images, "ms_of_all": tables}}, options.json)
 
 
 def row(ms: list[float], figures: Figures, local: Figures) -> dict[str, Any]:

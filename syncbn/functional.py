@@ -242,14 +242,15 @@ def _checked(x, weight, bias, mask, residual, channels: int) -> Tensor | None:
 def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
     """Refuse, on every rank, a whole batch that has no variance, or part of which was refused."""
     one_value = "the whole batch has one value per channel: a variance needs more"
-    if not x.is_cuda and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = shared[..., -1].sum().item()
-        if size == 1:
-            raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
-        if size != size:
-            raise ValueError("another rank of the group refused its input to this layer: its own error says why")
-    elif mask is not None or x.numel() <= x.size(1):
-        torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if mask is not None or x.numel() <= x.size(1):
+            torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    size = shared[..., -1].sum().item()
+    if size == 1:
+        raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
+    if size != size:
+        raise ValueError("another rank of the group refused its input to this layer: its own error says why")
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:

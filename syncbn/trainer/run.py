@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ from syncbn.trainer.stop import Preempted, Stop
 from syncbn.trainer.training import Training, seed_generators
 from syncbn.trainer.watch import Parts, Watch
 from syncbn.trainer.world import World
-
-# DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
-BROADCAST_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel.__init__).parameters
-)
 
 # Files beside the config that was handed over, for the launcher: rank 0's exit code, and why each rank ended
 EXIT_CODE, REASON = "exit_code", "reason"
@@ -180,7 +172,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
-        **{BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
+        **{world.BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
     seed_generators(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
     optimizer = optim.build(config.optim, parts.model, parts.data.global_batch * config.train.accumulate)

@@ -247,7 +247,7 @@ def test_a_contestant_that_fails_is_left_out_with_its_reason(monkeypatch, capsys
     def build(contestant, options, images):
         if contestant.norm == "syncbn":
             raise RuntimeError("no such kernel\nand more of it")
-        return lambda: None, figures(None)
+        return step.Built(lambda: None, lambda: None, None, torch.ones(3))
 
     monkeypatch.setattr(step, "build", build)
     times, counted = step.measure(step.arguments(SMALL), 2)

@@ -6,6 +6,13 @@ import torch
 from syncbn.drift import DriftMonitor
 from tests.drift.test_monitor import images, net
 
+
+@pytest.fixture(autouse=True)
+def convolutions_with_all_digits(monkeypatch):
+    """A GPU's TF32 has three, and what is compared here is a CPU's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 

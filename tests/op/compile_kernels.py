@@ -90,7 +90,7 @@ def cuobjdump(*words: str) -> str:
 def instructions(sass: str) -> tuple[int, int, int]:
     """How many there are; in the loop over tiles; of these, how many read or write what does not fit into registers.
 
-    That loop is the one that loads 16 bytes at a time and has no float64 in it.
+    That loop is the largest that loads and has no float64 in it.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
     code = {int(address, 16): text for address, text in lines if not text.startswith("NOP")}
@@ -100,7 +100,7 @@ def instructions(sass: str) -> tuple[int, int, int]:
         if target and int(target[1], 16) < address:
             body = [code[a] for a in code if int(target[1], 16) <= a <= address]
             words = " ".join(body)
-            if "LDG.E.128" in words and not re.search(r"\bD(ADD|MUL|FMA)\b", words) and len(body) > len(tile):
+            if "LDG" in words and not re.search(r"\bD(ADD|MUL|FMA)\b", words) and len(body) > len(tile):
                 tile = body
     return len(code), len(tile), sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in tile)
 
@@ -133,7 +133,13 @@ def budget() -> None:
             shared = torch.zeros(2 * channels + 1, dtype=torch.float64)
             affine = Affine(case["weight"], case["bias"], case["relu"])
             kernels.normalize(case["x"], shared, affine, case["residual"], running)
+    print("\nof channels and options alone")
     beside(64)
+    print("\nwhere 16 bytes do not divide channels, or planes: narrow loads")
+    for shape, memory_format in ((32, 66, 28, 28), torch.channels_last), ((32, 64, 27, 27), torch.contiguous_format):
+        case = inputs(shape, torch.bfloat16, relu=True)
+        case["x"] = case["x"].contiguous(memory_format=memory_format)
+        step(kernels, **case)
 
 
 def everything() -> None:

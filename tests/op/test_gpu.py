@@ -138,6 +138,34 @@ def test_a_graph_of_a_training_step_is_replayed_on_new_inputs(n, options):
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+def test_what_merges_parts_on_one_stream_leaves_another_stream_and_a_graph_alone(memory_format):
+    """Counters tell which program is the last: two launches at once must not share them."""
+    layer = layer_of(64, torch.float32).cuda()
+    given = [torch.randn(16, 64, 56, 56, device="cuda").to(memory_format=memory_format) for _ in range(3)]
+    want = step_with(copy.deepcopy(layer), *given)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    graph, layers = torch.cuda.CUDAGraph(), [copy.deepcopy(layer) for _ in streams]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(streams[0]):
+        step_with(copy.deepcopy(layer), *given)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=streams[0]):
+        of_graph = step_with(layers[0], *given)
+
+    for _ in range(20):
+        # The graph goes by the stream that it is replayed on
+        with torch.cuda.stream(streams[1]):
+            graph.replay()
+        found = []
+        for stream, other in zip(streams[1:], layers[1:], strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step_with(other, *given))
+        torch.cuda.synchronize()
+        for got in (of_graph, *found):
+            assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 def test_more_than_2_to_the_31_elements(memory_format):
     free = torch.cuda.mem_get_info()[0]
     if free < 40e9:

@@ -431,9 +431,8 @@ def compile_kernels(*words):
 def test_every_kernel_compiles_for_a_gpu_within_its_budget():
     done = compile_kernels()
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    figures = [(name, dict(word.split(":") for word in words if ":" in word), words) for name, *words in lines]
-    passes = [(name, used, words) for name, used, words in figures if int(used["TILE"])]
+    lines = [line.split() for line in done.stdout.partition("\n\n")[0].splitlines()]
+    passes = [(name, dict(word.split(":") for word in words if ":" in word), words) for name, *words in lines]
     assert {name for name, *_ in passes} == BUDGET.keys()
     assert len(passes) > 20
     for name, used, words in passes:
