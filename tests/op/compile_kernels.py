@@ -51,10 +51,14 @@ class NoGPU:
 
 
 class Compiler:
-    """Stands in for `kernels._launch`: what would have been launched is compiled once, and told."""
+    """Stands in for `kernels._launch`: what would have been launched is compiled once, and told.
+
+    A key that stands for two variants, or two grids, is a failure: the second launch would start the first's.
+    """
 
     def __init__(self, tell: bool):
         self.tell, self.seen, self.failed = tell, set(), []
+        self.kept, self.by_key = [], {}
 
     def __call__(self, runners, device, kernel, programs, key, *arguments):
         try:
@@ -62,6 +66,9 @@ class Compiler:
         except Exception as error:
             self.failed.append(f"{kernel.__name__} {key}: {type(error).__name__}: {error}")
             return
+        self.kept.append(runners)  # so that no other gets its id
+        if self.by_key.setdefault((id(runners), key), (code.hash, programs)) != (code.hash, programs):
+            self.failed.append(f"{kernel.__name__} {key}: another variant or grid has the same key")
         if code.hash not in self.seen:
             self.seen.add(code.hash)
             if self.tell:
@@ -111,6 +118,27 @@ def run(case: dict[str, Any]) -> None:
     step(kernels, **case, form="row")
 
 
+def in_turn(shape: tuple[int, ...]) -> None:
+    """One tensor with parameters and options that change from call to call, and with inputs that are not aligned."""
+    x, channels = torch.zeros(shape, dtype=torch.bfloat16), shape[1]
+    odd = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(shape)
+    shared = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    mask = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
+    for dtype in None, torch.bfloat16, torch.float32:
+        weight = None if dtype is None else torch.zeros(channels, dtype=dtype)
+        for values in x, odd:
+            kernels.moments(values, mask if dtype else None, "row" if dtype else "message", values is odd)
+            for relu in False, True:
+                affine = Affine(weight, weight if relu else None, relu)
+                for residual in None, values:
+                    _, stats = kernels.normalize(x if residual is odd else values, shared, affine, residual)
+                for y in None, values:
+                    kernels.grad_sums(values, x, stats, affine, y)
+                    kernels.grad_sums(x, values, stats, affine, y)
+                kernels.grad_input(values, x, stats, affine, shared[:-1], mask if relu else None)
+                kernels.grad_input(x, values, stats, affine, shared[:-1], mask if relu else None)
+
+
 def beside(channels: int) -> None:
     """What depends on channels and options alone."""
     x, rows = torch.zeros(2, channels), torch.zeros(300, 2 * channels + 1, dtype=torch.float64)
@@ -122,7 +150,7 @@ def beside(channels: int) -> None:
             kernels.update_running(running, stats)
 
 
-def budget() -> None:
+def budget(heading: Any = print) -> None:
     for dtype, memory_format in (torch.bfloat16, torch.channels_last), (torch.float32, torch.contiguous_format):
         for name in "plain", "relu", "residual+relu", "mask":
             case = inputs((32, 64, 28, 28), dtype, **CASES[name])
@@ -133,9 +161,9 @@ def budget() -> None:
             shared = torch.zeros(2 * channels + 1, dtype=torch.float64)
             affine = Affine(case["weight"], case["bias"], case["relu"])
             kernels.normalize(case["x"], shared, affine, case["residual"], running)
-    print("\nof channels and options alone")
+    heading("\nof channels and options alone")
     beside(64)
-    print("\nwhere 16 bytes do not divide channels, or planes: narrow loads")
+    heading("\nwhere 16 bytes do not divide channels, or planes: narrow loads")
     for shape, memory_format in ((32, 66, 28, 28), torch.channels_last), ((32, 64, 27, 27), torch.contiguous_format):
         case = inputs(shape, torch.bfloat16, relu=True)
         case["x"] = case["x"].contiguous(memory_format=memory_format)
@@ -157,9 +185,11 @@ def everything() -> None:
         run(inputs((8, 64, 28, 28), torch.bfloat16, **CASES["residual+relu"]))
         run(inputs((8, 64, 28, 28), torch.float32, **CASES["mask"]))
     kernels._plan.cache_clear()
+    for shape in (6, 8, 4, 3), (6, 64, 56, 56):
+        in_turn(shape)
     for channels in 1, 5, 64:
         beside(channels)
-    budget()
+    budget(heading=lambda text: None)
 
 
 def other_batches() -> None:
