@@ -403,15 +403,18 @@ def test_plans_are_kept_for_so_many_shapes_and_no_more():
     assert triton._plan.cache_info().maxsize == triton._SHAPES
 
 
-@pytest.mark.parametrize("size", [3, 40, 150])
-def test_rows_are_merged_in_groups_to_the_same_bits_whoever_is_last(size):
-    """A program that finds itself last merges what all left: in the interpreter, that of the last number."""
-    case = inputs((1, 2, size * 4096 + 17), mean=50.0)
+@pytest.mark.parametrize("tiles, groups", [(1, 1), (4, 6)])
+def test_parts_are_merged_in_two_levels_by_whoever_is_last(tiles, groups):
+    """In the interpreter that is the program of the last number; the groups are not all of one size."""
+    case = inputs((10, 2, tiles * 4096 - 17), mean=50.0)
     with patch.object(triton, "_multiprocessors", lambda device: 200):
         triton._plan.cache_clear()
+        _, plan = triton._planned(case["x"])
         got = step(triton, **case)
         triton._plan.cache_clear()
 
+    assert plan.moments.groups == groups
+    assert groups == 1 or plan.moments.parts % plan.moments.size != 0
     assert_steps_agree(got, in_float64(case), 1e-5)
     assert all((counters == 0).all() for _, counters in triton._kept.values())
 
