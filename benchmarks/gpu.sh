@@ -49,14 +49,14 @@ step() {
 
 [ $# -gt 0 ] || : > "$out/results.jsonl"
 if [ -z "$rehearse" ]; then
-  step smoke 55 "$python" -m benchmarks.smoke --json "$scratch/smoke.json"
+  step smoke 50 "$python" -m benchmarks.smoke --json "$scratch/smoke.json"
   step tests 140 "${pytest[@]}" "${spread[@]}" --maxfail=25 \
     tests/op/test_kernels.py tests/op/test_gpu.py tests/drift/test_gpu.py tests/benchmarks/test_step.py
-  step step 140 "$python" -m benchmarks.step --images 8 32 --compile --seconds 3 --json "$scratch/step.json"
+  step step 140 "$python" -m benchmarks.step --images 32 8 --compile --seconds 3 --json "$scratch/step.json"
   step op 50 "$python" -m benchmarks.op_gpu --cases few --seconds 0.4 --json "$scratch/op.json"
   step drift 35 "$python" -m benchmarks.drift_cost --device cuda --model resnet50 --size 224 --turns 7 \
     --json "$scratch/drift.json"
-  step graph 40 "${pytest[@]}" tests/trainer/test_gpu.py -k "rounding and plain and sgd and 1"
+  step graph 45 "${pytest[@]}" tests/trainer/test_gpu.py -k "rounding and plain and sgd and 1"
 else
   export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=""
   small=(--device cpu --model resnet18 --images 2 --size 64)

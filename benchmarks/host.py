@@ -96,7 +96,7 @@ def no_gpu() -> Iterator[NoDriver]:
     """Within it, work for a GPU is told to nobody."""
     nobody, before = NoDriver(), driver._active
     with ExitStack() as stack:
-        from syncbn.kernels import triton as ours
+        from syncbn.kernels.triton import plan
 
         driver.set_active(nobody)  # pyright: ignore[reportArgumentType]
         stack.callback(setattr, driver, "_active", before)
@@ -112,7 +112,7 @@ def no_gpu() -> Iterator[NoDriver]:
         for name in "all_gather_into_tensor", "all_gather_single":
             if hasattr(dist, name):
                 stack.enter_context(patch.object(dist, name, gathered))
-        stack.enter_context(patch.object(ours, "_multiprocessors", lambda device: 132))
+        stack.enter_context(patch.object(plan, "multiprocessors", lambda device: 132))
         stack.enter_context(patch.object(functional, "_check_count", as_on_a_gpu))
         stack.enter_context(patch.object(collectives, "gather_objects", lambda value, group: [value] * RANKS))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)

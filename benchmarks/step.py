@@ -281,6 +281,8 @@ def main(given: Sequence[str] | None = None) -> None:
             # What cuBLAS and cuDNN keep from their first step is no contestant's memory
             build(Contestant("local"), options, options.images[0])
         tables = layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
+        of = len(layers.shapes(options.model, options.layer_images, options.size))
+        found["layers"] = {"count": of, "images": options.layer_images, "ms_of_all": tables}
         for images in options.images:
             times, counted = measure(options, images)
             print(f"\n{table(images, times, counted)}", flush=True)
@@ -289,9 +291,7 @@ def main(given: Sequence[str] | None = None) -> None:
             found["step_ms"][str(images)] = timing.quartiles(times["local"])[1]
             found["steps"][str(images)] = {name: row(times[name], counted[name], counted["local"]) for name in times}
             keep(found, options.json)
-    of = len(layers.shapes(options.model, options.layer_images, options.size))
     print(f"\n{layers.table(tables, of, options.layer_images)}\nsteal meanwhile: {timing.stolen(before):.0%}")
-    keep(found | {"layers": {"count": of, "images": options.layer_images, "ms_of_all": tables}}, options.json)
 
 
 def row(ms: list[float], figures: Figures, local: Figures) -> dict[str, Any]:

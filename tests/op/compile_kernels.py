@@ -51,7 +51,7 @@ class NoGPU:
 
 
 class Compiler:
-    """Stands in for `kernels._launch`: what would have been launched is compiled once, and told.
+    """Stands in for `kernels.launch.start`: what would have been launched is compiled once, and told.
 
     A key that stands for two variants, or two grids, is a failure: the second launch would start the first's.
     """
@@ -62,7 +62,7 @@ class Compiler:
 
     def __call__(self, runners, device, kernel, programs, key, *arguments):
         try:
-            code = kernel.warmup(*arguments, grid=(programs,), **kernels._options(kernel))
+            code = kernel.warmup(*arguments, grid=(programs,), **kernels.launch.options(kernel))
         except Exception as error:
             self.failed.append(f"{kernel.__name__} {key}: {type(error).__name__}: {error}")
             return
@@ -180,11 +180,11 @@ def everything() -> None:
                 given = inputs((6, 5, 4, 3), dtype, **case)
                 given["x"] = given["x"].contiguous(memory_format=memory_format)
                 run(given)
-    kernels._plan.cache_clear()
-    with patch.object(kernels, "_INT32", 0):
+    kernels.plan.plan_of.cache_clear()
+    with patch.object(kernels.plan, "INT32", 0):
         run(inputs((8, 64, 28, 28), torch.bfloat16, **CASES["residual+relu"]))
         run(inputs((8, 64, 28, 28), torch.float32, **CASES["mask"]))
-    kernels._plan.cache_clear()
+    kernels.plan.plan_of.cache_clear()
     for shape in (6, 8, 4, 3), (6, 64, 56, 56):
         in_turn(shape)
     for channels in 1, 5, 64:
@@ -210,8 +210,8 @@ def main() -> None:
     driver.set_active(NoGPU(options.capability))
     compiler = Compiler(tell=not options.all)
     with (
-        patch.object(kernels, "_launch", compiler),
-        patch.object(kernels, "_multiprocessors", lambda device: MULTIPROCESSORS),
+        patch.object(kernels.launch, "start", compiler),
+        patch.object(kernels.plan, "multiprocessors", lambda device: MULTIPROCESSORS),
     ):
         everything() if options.all else budget()
         variants = len(compiler.seen)

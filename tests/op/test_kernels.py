@@ -214,12 +214,12 @@ def test_every_run_has_the_same_bits(shape):
 def test_offsets_of_64_bits():
     case = inputs((40, 5, 12, 11), residual=True, relu=True, mask="element")
     want = step(triton, **case)
-    triton._plan.cache_clear()
+    triton.plan.plan_of.cache_clear()
     try:
-        with patch.object(triton, "_INT32", 0):
+        with patch.object(triton.plan, "INT32", 0):
             assert_close(step(triton, **case), want, rtol=0, atol=0)
     finally:
-        triton._plan.cache_clear()
+        triton.plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 16, 300])
@@ -317,7 +317,7 @@ class Fails:
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input", "merge", "update_running"])
 def test_a_kernel_that_does_not_compile_is_found_before_training(name):
     triton.probe(torch.device(DEVICE))
-    owner = triton.passes if hasattr(triton.passes, name) else triton.steps
+    owner = next(room for room in (triton.forward, triton.backward, triton.steps) if hasattr(room, name))
     with patch.object(owner, name, Fails(name)), pytest.raises(RuntimeError, match=f"{name} does not compile"):
         triton.probe(torch.device(DEVICE))
 
@@ -378,9 +378,9 @@ def test_images_share_the_programs_that_a_pass_has():
     """Each with as many parts as the whole batch, and those merged by one program, took 120 us in place of 5."""
     last = torch.empty(8, 64, 112, 112, device="meta").to(memory_format=torch.channels_last)
     for x in last, last.contiguous():
-        with patch.object(triton, "_multiprocessors", lambda device: 132):
+        with patch.object(triton.plan, "multiprocessors", lambda device: 132):
             like = x.shape, x.stride(), torch.bfloat16, torch.device(DEVICE)
-            plan, whole = triton._plan.__wrapped__(*like, 8), triton._plan.__wrapped__(*like, 0)
+            plan, whole = triton.plan.plan_of.__wrapped__(*like, 8), triton.plan.plan_of.__wrapped__(*like, 0)
         assert plan.moments.groups == 8
         assert plan.moments.programs <= max(whole.moments.programs, 8 * plan.blocks)
 
@@ -390,9 +390,9 @@ def test_no_wave_of_programs_is_nearly_empty():
     for images in range(1, 300, 7):
         for channels in 64, 256, 2048:
             x = torch.empty(images, channels, 14, 14, device="meta").to(memory_format=torch.channels_last)
-            with patch.object(triton, "_multiprocessors", lambda device: 132):
-                plan = triton._plan.__wrapped__(x.shape, x.stride(), torch.bfloat16, torch.device(DEVICE), 0)
-            resident = {name: count * 132 for name, count in triton._RESIDENT.items()}
+            with patch.object(triton.plan, "multiprocessors", lambda device: 132):
+                plan = triton.plan.plan_of.__wrapped__(x.shape, x.stride(), torch.bfloat16, torch.device(DEVICE), 0)
+            resident = {name: count * 132 for name, count in triton.plan.RESIDENT.items()}
             assert plan.normalize + 1 <= resident["normalize"]
             assert plan.grad_input <= resident["grad_input"]
             assert plan.moments.programs <= resident["moments"]
@@ -400,23 +400,23 @@ def test_no_wave_of_programs_is_nearly_empty():
 
 
 def test_plans_are_kept_for_so_many_shapes_and_no_more():
-    assert triton._plan.cache_info().maxsize == triton._SHAPES
+    assert triton.plan.plan_of.cache_info().maxsize == triton.plan.SHAPES
 
 
 @pytest.mark.parametrize("tiles, groups", [(1, 1), (4, 6)])
 def test_parts_are_merged_in_two_levels_by_whoever_is_last(tiles, groups):
     """In the interpreter that is the program of the last number; the groups are not all of one size."""
     case = inputs((10, 2, tiles * 4096 - 17), mean=50.0)
-    with patch.object(triton, "_multiprocessors", lambda device: 200):
-        triton._plan.cache_clear()
-        _, plan = triton._planned(case["x"])
+    with patch.object(triton.plan, "multiprocessors", lambda device: 200):
+        triton.plan.plan_of.cache_clear()
+        _, plan = triton.planned(case["x"])
         got = step(triton, **case)
-        triton._plan.cache_clear()
+        triton.plan.plan_of.cache_clear()
 
     assert plan.moments.groups == groups
     assert groups == 1 or plan.moments.parts % plan.moments.size != 0
     assert_steps_agree(got, in_float64(case), 1e-5)
-    assert all((counters == 0).all() for _, counters in triton._kept.values())
+    assert all((counters == 0).all() for _, counters in triton.launch.kept_scratch.values())
 
 
 # Registers, and instructions of the loop over tiles, of a pass: as built for Hopper, with some room
