@@ -419,6 +419,17 @@ def test_parts_are_merged_in_two_levels_by_whoever_is_last(tiles, groups):
     assert all((counters == 0).all() for _, counters in triton.launch.kept_scratch.values())
 
 
+def test_between_the_parts_of_one_image_there_is_no_other_image():
+    x = inputs((1, 1, 40 * 4096))["x"]
+    with patch.object(triton.plan, "multiprocessors", lambda device: 200):
+        triton.plan.plan_of.cache_clear()
+        assert triton.planned(x, 1)[1].moments == (40, 40, 1, 40)
+        between = triton.moments(x, None, "row", per_image=True).between_images
+        triton.plan.plan_of.cache_clear()
+
+    assert between.tolist() == [0.0, 1.0]
+
+
 # Registers, and instructions of the loop over tiles, of a pass: as built for Hopper, with some room
 BUDGET = {"moments": (80, 350), "normalize": (80, 160), "grad_sums": (128, 210), "grad_input": (128, 250)}
 
