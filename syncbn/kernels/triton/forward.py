@@ -75,7 +75,8 @@ def moments(
             counts += here.to(tl.int32)
         else:
             columns = tl.cdiv(S, BS)
-            count += tl.minimum(BN, N - t // columns * BN) * tl.minimum(BS, S - t % columns * BS)
+            rows_here = tl.minimum(BN, N - (t // columns).to(INT) * BN)
+            count += (rows_here * tl.minimum(BS, S - (t % columns).to(INT) * BS)).to(tl.int32)
         values = tl.load(x + offsets, inside, 0.0).to(V) - pivot[None, :, None]
         values = tl.where(inside, values, 0.0)
         total += values

@@ -27,7 +27,7 @@ def tile(t, c, N, C, S, BN: tl.constexpr, BS: tl.constexpr, INT: tl.constexpr):
     """Of tile t: offsets and whether they are inside, [BN, BC, BS]; the same for a mask, which has one channel."""
     columns = tl.cdiv(S, BS)
     n = (t // columns).to(INT) * BN + tl.arange(0, BN)
-    s = (t % columns) * BS + tl.arange(0, BS)
+    s = (t % columns).to(INT) * BS + tl.arange(0, BS)
     place, place_inside = n[:, None, None] * S + s[None, None, :], (n < N)[:, None, None] & (s < S)[None, None, :]
     offsets = (n[:, None, None] * C + c[None, :, None]) * S + s[None, None, :]
     return offsets, place_inside & (c < C)[None, :, None], place, place_inside
