@@ -248,7 +248,7 @@ def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
         if mask is not None or x.numel() <= x.size(1):
             torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
         return
-    size = shared[..., -1].sum().item()
+    size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
     if size == 1:
         raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
     if size != size:

@@ -76,14 +76,19 @@ class Sums(NamedTuple):
 
 def unpacked(stats: Tensor) -> tuple[Moments, Tensor]:
     """The Moments in stats, and invstd."""
+    c, (mean, invstd) = stats.size(0) // 3, mean_and_invstd(stats)
+    return Moments(stats[2 * c], mean, stats.narrow(0, c, c)), invstd
+
+
+def mean_and_invstd(stats: Tensor) -> tuple[Tensor, Tensor]:
     c = stats.size(0) // 3
     # Not split: torch 2.11 cannot partition that in a compiled checkpoint
-    return Moments(stats[2 * c], stats.narrow(0, 0, c), stats.narrow(0, c, c)), stats.narrow(0, 2 * c + 1, c)
+    return stats.narrow(0, 0, c), stats.narrow(0, 2 * c + 1, c)
 
 
-def to_stats(moments: Moments, eps: float) -> Tensor:
-    """[3C + 1] of the whole batch's moments."""
-    return torch.cat([moments.mean, moments.m2, moments.count.view(1), (moments.var + eps).rsqrt()])
+def to_stats(moments: Moments, invstd: Tensor) -> Tensor:
+    """[3C + 1], for `unpacked`."""
+    return torch.cat([moments.mean, moments.m2, moments.count.view(1), invstd])
 
 
 class Kernels(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from syncbn import moments as of_moments
-from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, to_stats, unpacked
+from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, mean_and_invstd, to_stats, unpacked
 from syncbn.moments import Moments, to_message, to_row, unpack
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
@@ -41,31 +41,37 @@ def normalize(
     running: Running | None = None,
     work: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    stats = to_stats(unpack(shared), affine.eps)
+    moments, invstd = statistics(shared, affine.eps, running)
+    y = _normalized(x, moments.mean, invstd, affine, work)
+    return finish(y, residual, affine.relu), to_stats(moments, invstd)
+
+
+def statistics(shared: Tensor, eps: float, running: Running | None) -> tuple[Moments, Tensor]:
+    """Moments of the whole batch, and invstd; the running buffers move."""
+    moments = unpack(shared)
     if running is not None:
-        update_running(running, stats)
-    return finish(_normalized(x, stats, affine, work), residual, affine.relu), stats
+        of_moments.update_running(*running[:3], moments, running.momentum)
+    return moments, (moments.var + eps).rsqrt()
 
 
 def update_running(running: Running, stats: Tensor) -> None:
-    mean, var, batches, momentum = running
-    of_moments.update_running(mean, var, batches, unpacked(stats)[0], momentum)
+    of_moments.update_running(*running[:3], unpacked(stats)[0], running.momentum)
 
 
 def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     g = past_relu(dy, y, affine)
     if x.numel() == 0:
         return as_sums(stats.new_zeros(2 * x.size(1)), affine, g)
-    moments, invstd = unpacked(stats)
-    pivot = moments.mean.to(_statistics_dtype(x))
+    mean, invstd = mean_and_invstd(stats)
+    pivot = mean.to(_statistics_dtype(x))
     total, dot = _sums(g, x, pivot)
-    return as_sums(torch.cat([total, torch.addcmul(dot, pivot - moments.mean, total).mul_(invstd)]), affine, g)
+    return as_sums(torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)]), affine, g)
 
 
 def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None) -> Tensor:
     # dx = (g - mean_g - xhat * mean_g_xhat) * scale, as an affine map of x plus one of g
-    (count, mean, _), invstd = unpacked(stats)
-    mean_g, mean_g_xhat = (sums / count.clamp(min=1)).chunk(2)
+    mean, invstd = mean_and_invstd(stats)
+    mean_g, mean_g_xhat = (sums / stats[2 * x.size(1)].clamp(min=1)).chunk(2)
     scale = _scale(x, invstd, affine)
     slope = (invstd * mean_g_xhat).to(scale.dtype).mul_(scale).neg_()
     if _is_half(x):
@@ -149,8 +155,7 @@ def _between_images(totals: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([apart.clamp_(min=0), (counts > 0).sum(0, dtype=torch.float64)])
 
 
-def _normalized(x: Tensor, stats: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:
-    (_, mean, _), invstd = unpacked(stats)
+def _normalized(x: Tensor, mean: Tensor, invstd: Tensor, affine: Affine, work: tuple[Tensor, Tensor] | None) -> Tensor:
     bias, scale = affine.bias, _scale(x, invstd, affine)
     if _is_half(x):
         return _scaled(x, mean, scale, bias)
@@ -256,9 +261,9 @@ def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def _parameter_gradients(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    one, unused = torch.ones_like(mean), mean.new_empty(0)
-    # Without training saved statistics are not read; but on CUDA they must be there
-    _, dot, total = _native_backward(dy, x, one, mean, one, unused, unused, False, 0.0, [False, True, True])
+    one = torch.ones_like(mean)
+    # Saved statistics, behind the running ones, are not read without training; but on CUDA they must be there
+    _, dot, total = _native_backward(dy, x, one, mean, one, mean, one, False, 0.0, [False, True, True])
     return torch.stack([total, dot]).double()
 
 

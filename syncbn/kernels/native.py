@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import eager
-from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, to_stats, unpacked
+from syncbn.kernels.contract import Affine, Form, Local, Running, Sums, mean_and_invstd, to_stats
 from syncbn.kernels.eager import update_running
-from syncbn.moments import Moments, to_message, to_row, unpack
+from syncbn.moments import Moments, to_message, to_row
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
@@ -36,9 +36,7 @@ def normalize(
     running: Running | None = None,
     work: None = None,
 ) -> tuple[Tensor, Tensor]:
-    stats = to_stats(unpack(shared), affine.eps)
-    if running is not None:
-        update_running(running, stats)
+    stats = to_stats(*eager.statistics(shared, affine.eps, running))
     if x.numel() == 0:
         return torch.empty_like(x), stats
     y = torch.batch_norm_elemt(x, affine.weight, affine.bias, *_mean_and_invstd(x, stats), 0.0)
@@ -57,15 +55,15 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | 
 def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None or x.numel() == 0:
         return eager.grad_input(g, x, stats, affine, sums, mask)
-    whole, exact_invstd = unpacked(stats)
+    _, exact_invstd = mean_and_invstd(stats)
     mean, invstd = _mean_and_invstd(x, stats)
     total, dot_xhat = sums.chunk(2)
-    dot, counts = (dot_xhat / exact_invstd).to(mean.dtype), whole.count.to(torch.int32).view(1)
+    dot, counts = (dot_xhat / exact_invstd).to(mean.dtype), stats[2 * x.size(1)].to(torch.int32).view(1)
     return torch.batch_norm_backward_elemt(g, x, mean, invstd, affine.weight, total.to(mean.dtype), dot, counts)
 
 
 def _mean_and_invstd(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """[C] each, in the dtype that torch's kernels accumulate x in."""
-    moments, invstd = unpacked(stats)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return moments.mean.to(dtype), invstd.to(dtype)
+    mean, invstd = mean_and_invstd(stats)
+    return mean.to(dtype), invstd.to(dtype)
