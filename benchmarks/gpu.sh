@@ -9,7 +9,7 @@
 # Triton's interpreter: whether all of it works.
 # It needs torch, torchvision and pytest, and installs nothing.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 out=${OUT:-gpu-results}
 rehearse=""
@@ -17,6 +17,14 @@ if [ "${1:-}" = --rehearse ]; then
   rehearse=1
   shift
 fi
+steps="smoke tests step op drift graph"
+wanted=" ${*:-$steps} "
+for name in $wanted; do
+  if [[ " $steps " != *" $name "* ]]; then
+    echo "There is no step $name: the steps are $steps" >&2
+    exit 2
+  fi
+done
 on_gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))') || exit 1
 if [ "$on_gpu" = 0 ] && [ -z "$rehearse" ]; then
   echo "There is no GPU here. The same steps run in small without one: make gpu ARGS=--rehearse" >&2
@@ -31,7 +39,6 @@ export TRITON_CACHE_DIR="$scratch/triton"
 pytest=("$python" -m pytest -p no:cacheprovider --tb=short)
 "$python" -c 'import xdist' 2> /dev/null && spread=(-n 8) || spread=()
 failed=0
-wanted=" ${*:-smoke tests step op drift graph} "
 
 # NAME LIMIT_S COMMAND ...: run it, keep what it says in NAME.log and its figures, from $scratch/NAME.json, beside
 step() {

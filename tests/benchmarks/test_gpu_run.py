@@ -62,6 +62,12 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_that_there_is_not_is_told(tmp_path):
+    done = run(tmp_path, "--rehearse", "smoke", "stpe")
+    assert done.returncode == 2
+    assert done.stderr == "There is no step stpe: the steps are smoke tests step op drift graph\n"
+
+
 @NO_GPU
 def test_a_step_that_fails_stops_no_other_and_one_can_be_run_again_alone(tmp_path):
     failing = tmp_path / "python"

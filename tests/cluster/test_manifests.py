@@ -28,6 +28,7 @@ def test_every_script_is_clean_to_shellcheck():
     require("shellcheck", packages="shellcheck")
     scripts = [p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch") or p.read_bytes().startswith(b"#!")]
     assert {"torchrun.sh", "slurm.sbatch"} <= {script.name for script in scripts}
+    scripts += [ROOT / "benchmarks" / "gpu.sh", ROOT / ".ci" / "run", ROOT / ".ci" / "cluster"]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
