@@ -243,6 +243,16 @@ def test_the_share_of_a_copy_is_that_of_the_fewest_passes():
     assert len(text) == len(op_gpu.HEAD)
 
 
+def test_all_are_timed_before_the_profiler_has_run(monkeypatch):
+    """Once it has, every launch takes longer."""
+    order, turns, count = [], timing.turns, step.count
+    monkeypatch.setattr(timing, "turns", lambda *given: order.append("time") or turns(*given))
+    monkeypatch.setattr(step, "count", lambda *given: order.append("count") or count(*given))
+    monkeypatch.setattr(step, "build", lambda *_: step.Built(lambda: None, lambda: None, None, torch.ones(3)))
+    step.measure(step.arguments(SMALL), 2)
+    assert order == ["time", *["count"] * 3]
+
+
 def test_a_contestant_that_fails_is_left_out_with_its_reason(monkeypatch, capsys):
     def build(contestant, options, images):
         if contestant.norm == "syncbn":

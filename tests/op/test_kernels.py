@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -417,6 +417,34 @@ def test_parts_are_merged_in_two_levels_by_whoever_is_last(tiles, groups):
     assert groups == 1 or plan.moments.parts % plan.moments.size != 0
     assert_steps_agree(got, in_float64(case), 1e-5)
     assert all((counters == 0).all() for _, counters in triton.launch.kept_scratch.values())
+
+
+@contextmanager
+def programs_in_the_order(order):
+    """Within it Triton's interpreter runs the programs of a launch in another order: order(number, of how many)."""
+    from triton.runtime.interpreter import interpreter_builder as interpreter
+
+    def other(x, y, z):
+        return real(order(x, interpreter.grid_dim[0]), y, z)
+
+    real = interpreter.set_grid_idx
+    with patch.object(interpreter, "set_grid_idx", other):
+        yield
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs programs in whatever order it likes")
+@pytest.mark.parametrize("order", [lambda x, n: n - 1 - x, lambda x, n: (x + n // 3) % n], ids=["backwards", "turned"])
+@pytest.mark.parametrize("images", [4, 12], ids=["groups-of-images", "groups"])
+def test_the_order_in_which_programs_finish_changes_no_bit(images, order):
+    case = inputs((images, 1, 3 * 4096 - 17), mean=50.0, relu=True)
+    with patch.object(triton.plan, "multiprocessors", lambda device: 200):
+        triton.plan.plan_of.cache_clear()
+        want = step(triton, **case)
+        with programs_in_the_order(order):
+            got = step(triton, **case)
+        triton.plan.plan_of.cache_clear()
+
+    assert_close(got, want, rtol=0, atol=0)
 
 
 def test_between_the_parts_of_one_image_there_is_no_other_image():
