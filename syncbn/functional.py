@@ -8,9 +8,8 @@ from torch import Tensor
 
 from syncbn import collectives, kernels
 from syncbn.collectives import Exchange, Group, Reduction
-from syncbn.kernels import Affine, Form, Running, unpacked
+from syncbn.kernels import Affine, Form, Local, Running, unpacked
 from syncbn.moments import Moments, merge, to_row
-from syncbn.recompute import Recall
 
 Activation = Literal["relu"] | None
 
@@ -96,15 +95,16 @@ def checked(activation: Activation) -> Activation:
 class Call(NamedTuple):
     """What a call of batch norm is given besides its tensors.
 
-    running: the buffers to be moved. recall: what the layer's peers said in forwards that may run again.
+    running: the buffers to be moved.
+    known: kernels' stats of the whole batch, of a forward that runs again; then nothing is measured and sent.
     """
 
     exchange: Exchange
     eps: float = 1e-5
     relu: bool = False
     running: Running | None = None
-    recall: Recall | None = None
     observer: Observer | None = None
+    known: Tensor | None = None
 
 
 def batch_norm(
@@ -138,17 +138,15 @@ def batch_norm(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, anchor, mask, call):
-        exchange, eps, relu, running, recall, observer = call
+        exchange, eps, relu, running, observer, known = call
         kernel, form = kernels.choose(x), collectives.form(exchange)
-        local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
-        if recall is not None and recall.due():
-            shared = recall.find(local.packed)
+        if known is not None:
+            # Their first part is a row, see moments.to_row
+            local, shared = Local(known), known[: 2 * x.size(1) + 1].unsqueeze(0)
         else:
-            kept = recall is not None or observer is not None
-            shared = collectives.share_moments(local.packed.clone() if kept else local.packed, exchange)
-            if recall is not None:
-                recall.keep(local.packed, shared, ctx)
-        _check_count(shared, x, mask)
+            local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
+            shared = collectives.share_moments(local.packed.clone() if observer else local.packed, exchange)
+            _check_count(shared, x, mask)
         affine = Affine(weight, bias, relu, eps)
         y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
         if observer is not None:
@@ -168,7 +166,7 @@ class _BatchNorm(torch.autograd.Function):
         # What follows may have no gradient to give; the peers wait all the same
         dy = torch.zeros_like(x) if dy is None else dy
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_backward_to_differentiate(ctx, dy), None, None, None
+            return *_backward_to_differentiate(ctx, dy, x, weight, bias, mask, y), None, None, None
         kernel, affine = kernels.choose(x), Affine(weight, bias, relu, eps)
         packed, dweight, dbias, g = kernel.grad_sums(dy, x, stats, affine, y)
         # Whatever this rank needs of it, its peers need its part
@@ -180,9 +178,8 @@ class _BatchNorm(torch.autograd.Function):
         return dx, dweight, dbias, g if ctx.added else None, None, None, None
 
 
-def _backward_to_differentiate(ctx, dy):
+def _backward_to_differentiate(ctx, dy, x, weight, bias, mask, y):
     """dx, dweight, dbias and dresidual, with their own graph: backward through the formula in plain operators."""
-    x, _, weight, bias, mask, y = ctx.saved_tensors
     anchor = torch.zeros(0, requires_grad=True)
     composed = _composed(x, weight, bias, anchor, mask, ctx.call.eps, ctx.call.exchange)
     g = dy * ((composed if y is None else y) > 0) if ctx.call.relu else dy

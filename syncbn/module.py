@@ -131,15 +131,17 @@ class SyncBatchNorm(_BatchNorm):
         residual: Tensor | None,
         relu: bool,
     ) -> tuple[Tensor, Tensor]:
-        recall = None
-        if not torch.compiler.is_compiling() and recompute.possible():
-            recall = vars(self).setdefault("_recall", recompute.Recall())
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
-        if recall is not None and recall.due():
-            call = Call(exchange, self.eps, relu, None, recall)
+        checkpointing = not torch.compiler.is_compiling() and recompute.possible()
+        known = recompute.known(self) if checkpointing else None
+        if known is None:
+            call = Call(exchange, self.eps, relu, self._running(), self.observer)
         else:
-            call = Call(exchange, self.eps, relu, self._running(), recall, self.observer)
-        return functional.batch_norm(x, weight, bias, mask, residual, self.num_features, call)
+            call = Call(exchange, self.eps, relu, known=known)
+        y, stats = functional.batch_norm(x, weight, bias, mask, residual, self.num_features, call)
+        if checkpointing:
+            recompute.keep(self, stats)
+        return y, stats
 
     def _running(self) -> Running | None:
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
@@ -208,7 +210,7 @@ class SyncBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}{activation}, group={vars(self)['_spec']!r}{reduction}"
 
 
-OF_THIS_PROCESS = ("_recall", "_has_peers", "witness", "observer")
+OF_THIS_PROCESS = ("_has_peers", "witness", "observer")
 _RUNNING = ("running_mean", "running_var")
 _PRECISE = (torch.float32, torch.float64)
 
