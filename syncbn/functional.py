@@ -196,8 +196,9 @@ def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
     dims = [d for d in range(x.dim()) if d != 1]
     here = torch.ones_like(values[:, :1]) if mask is None else mask.double().expand_as(values[:, :1])
     count = here.sum()
-    mean = (values * here).sum(dims) / count.clamp(min=1)
-    m2 = ((values - _per_channel(mean, x)).square() * here).sum(dims)
+    # Selected, not multiplied: what is masked may be anything
+    mean = values.where(here > 0, 0).sum(dims) / count.clamp(min=1)
+    m2 = (values - _per_channel(mean, x)).where(here > 0, 0).square().sum(dims)
     row = to_row(Moments(count, mean, m2)) + anchor.double().sum().to(x.device)
     rows = row.unsqueeze(0)
     if exchange.group is not None:

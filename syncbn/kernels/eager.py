@@ -19,8 +19,9 @@ __all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 _native = torch.ops.aten.native_batch_norm
 _native_backward = torch.ops.aten.native_batch_norm_backward
 
-# Values that one float32 accumulator may add up: beyond, its rounding shows in the fifth digit
-_ROWS, _PLANE = 2**11, 2**15
+# Values that aten adds up in float32: beyond, rounding shows in the fifth digit. Of rows one by one, of a plane, and of
+# all planes of half precision, in 16 lanes
+_ROWS, _PLANE, _PLANES = 2**11, 2**12, 2**16
 # Values that lie in a core's cache twice over in float32
 _BLOCK = 2**18
 
@@ -75,16 +76,33 @@ def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor
     scale = _scale(x, invstd, affine)
     slope = (invstd * mean_g_xhat).to(scale.dtype).mul_(scale).neg_()
     if _is_half(x):
-        through_moments = _scaled(x, mean, slope, -scale * mean_g)
-    else:
-        centred, pivot = _centred(x, mean)
-        shift = ((pivot - mean) * slope).addcmul_(mean_g, scale, value=-1)
-        through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
+        return _grad_input_of_half(g, x, mean, slope, mean_g, scale, mask)
+    centred, pivot = _centred(x, mean)
+    shift = ((pivot - mean) * slope).addcmul_(mean_g, scale, value=-1)
+    through_moments = centred.mul_(_per_channel(slope, x)).add_(_per_channel(shift, x))
     if mask is not None:
-        through_moments.mul_(mask)
-    if _is_half(x):
-        return through_moments.add_(_scaled(g, torch.zeros_like(mean), scale, None))
+        through_moments.masked_fill_(~mask, 0)
     return through_moments.addcmul_(g, _per_channel(scale, x))
+
+
+def _grad_input_of_half(
+    g: Tensor, x: Tensor, mean: Tensor, slope: Tensor, mean_g: Tensor, scale: Tensor, mask: Tensor | None
+) -> Tensor:
+    """In float32, and rounded once: what is added up may be larger than a half can be, and cancel."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    pivot = mean.float()
+    vectors = (pivot, slope, (pivot - mean).float() * slope, mean_g, scale)
+    pivot, slope, rest, mean_g, scale = (_per_channel(v, x) for v in vectors)
+    pieces = []
+    for (part, here), (past, _) in zip(_blocks(x, mask), _blocks(g, None), strict=True):
+        through_var = part.float().sub_(pivot).mul_(slope).add_(rest)
+        through_mean = mean_g
+        if here is not None:
+            through_var.masked_fill_(~here, 0)
+            through_mean = mean_g.where(here, 0)
+        pieces.append(through_var.addcmul_(past.float().sub_(through_mean), scale).to(x.dtype))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -232,19 +250,25 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
         return torch.stack([dy.sum(dims, dtype=dtype), (dy * x).sum(dims, dtype=dtype)]).double()
     if x.dim() > 2 and x.is_contiguous():
         return _sums_of_planes(dy.contiguous(), x, mean)
-    rows = x.movedim(1, -1).reshape(-1, x.size(1))
-    return _sums_of_rows(dy.movedim(1, -1).reshape(rows.shape), rows, mean)
+    # Of what has gaps, as the gradient of a sum has, aten adds up halves in half precision
+    rows = x.movedim(1, -1).reshape(-1, x.size(1)).contiguous()
+    return _sums_of_rows(dy.movedim(1, -1).reshape(rows.shape).contiguous(), rows, mean)
 
 
 def _sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """_sums where each channel lies in one piece, [N, C, *S]."""
     images, channels = x.shape[:2]
-    if x.numel() <= _PLANE * images * channels:
+    size = x.numel() // (images * channels)
+    fewest = max(-(-size // _PLANE), min(-(-images * size // _PLANES), size // 64))
+    if fewest == 1:
         return _parameter_gradients(dy, x, mean)
-    dy, x = (t.reshape(images, -1, t.size(-1)) for t in (dy, x))
-    mean = mean.repeat_interleave(x.size(1) // channels)
-    parts = zip(dy.split(_PLANE, -1), x.split(_PLANE, -1), strict=True)
-    return torch.stack([_parameter_gradients(*part, mean) for part in parts]).sum(0).view(2, channels, -1).sum(2)
+    # Pieces of a plane as channels of their own; or, of a size that nothing divides, copies
+    pieces = next((n for n in range(fewest, 4 * fewest) if size % n == 0), None)
+    if pieces is None:
+        parts = zip(*(t.reshape(images, channels, size).split(_PLANE, -1) for t in (dy, x)), strict=True)
+        return torch.stack([_parameter_gradients(a.contiguous(), b.contiguous(), mean) for a, b in parts]).sum(0)
+    dy, x = (t.view(images, channels * pieces, size // pieces) for t in (dy, x))
+    return _parameter_gradients(dy, x, mean.repeat_interleave(pieces)).view(2, channels, pieces).sum(2)
 
 
 def _sums_of_rows(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:

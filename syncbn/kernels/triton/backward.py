@@ -111,7 +111,7 @@ def grad_input(
     mean_g = (tl.load(sums + c, c < C, 0.0) * share).to(V)[None, :, None]
     mean_g_xhat = tl.load(sums + C + c, c < C, 0.0) * share
     slope = -(tl.load(stats + 2 * C + 1 + c, c < C, 0.0) * mean_g_xhat).to(V)[None, :, None] * scale
-    level = rest * slope - mean_g * scale
+    level = rest * slope
     tiles, step = tl.cdiv(N, BN) * tl.cdiv(S, BS), tl.num_programs(0) // tl.cdiv(C, BC)
     for i in range(mine, tiles, step):
         offsets, inside, place, here = tile(tiles - 1 - i, c, N, C, S, BN, BS, INT)
@@ -119,7 +119,10 @@ def grad_input(
         past = tl.load(g + offsets, inside, 0.0).to(V)
         if RELU:
             past = tl.where(centred * scale + shift <= 0, 0.0, past)
-        through_moments = centred * slope + level
-        if mask is not None:
-            through_moments = tl.where(tl.load(mask + place, here, 0) != 0, through_moments, 0.0)
-        tl.store(dx + offsets, past * scale + through_moments, inside)
+        # The mean is taken off before scaling: a constant gradient leaves nothing, however large the scale
+        if mask is None:
+            values = centred * slope + level + (past - mean_g) * scale
+        else:
+            counts = tl.load(mask + place, here, 0) != 0
+            values = tl.where(counts, centred * slope + level, 0.0) + (past - tl.where(counts, mean_g, 0.0)) * scale
+        tl.store(dx + offsets, values, inside)
