@@ -68,9 +68,9 @@ def sync_batch_norm(
 
     Raises:
         TypeError: x is not of a floating dtype, or mask not of bool.
-        ValueError: C differs from the length of weight or bias; mask or residual does not fit x; no such group,
-            reduction or activation; the whole batch has one value per channel. On a CPU, also if a peer refused its
-            input to this call.
+        ValueError: eps is not above 0; C differs from the length of weight or bias; mask or residual does not fit x; no
+            such group, reduction or activation; the whole batch has one value per channel. On a CPU, also if a peer
+            refused its input to this call.
 
     Collective: one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must call it, and
     its backward, in the same order, whether or not its own tensors need a gradient. The first call with a group also
@@ -119,7 +119,7 @@ def batch_norm(
     """sync_batch_norm for a layer of `channels`: y, and kernels' stats [3C + 1] of the whole batch."""
     exchange = call.exchange
     try:
-        mask = _checked(x, weight, bias, mask, residual, channels)
+        mask = _checked(x, weight, bias, mask, residual, channels, call.eps)
     except (TypeError, ValueError):
         collectives.refuse(channels, exchange, x.device)
         raise
@@ -213,10 +213,12 @@ def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
     return y.to(x.dtype)
 
 
-def _checked(x, weight, bias, mask, residual, channels: int) -> Tensor | None:
+def _checked(x, weight, bias, mask, residual, channels: int, eps: float) -> Tensor | None:
     """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: batch norm takes a floating dtype, say x.float()")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}: it must be above 0, or a constant channel is divided by nothing")
     if x.dim() < 2 or x.size(1) != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {channels or 'C'}, *S]")
     if x.size(0) > 0 and x.numel() == 0:

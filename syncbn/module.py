@@ -145,7 +145,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def _running(self) -> Running | None:
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or batches is None:
+        # Read here, as torch's layers do: whoever turns it off for a while leaves the buffers alone
+        if mean is None or var is None or batches is None or not self.track_running_stats:
             return None
         return Running(mean, var, batches, self.momentum)
 

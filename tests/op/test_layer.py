@@ -174,3 +174,26 @@ def test_eval_without_running_statistics_uses_the_batch(momentum):
 def test_eval_refuses_wrong_channels():
     with pytest.raises(ValueError, match=r"x has shape \(2, 4\): it must be \[N, 3, \*S\]"):
         SyncBatchNorm(3).eval()(torch.zeros(2, 4))
+
+
+def test_turning_track_running_stats_off_leaves_the_buffers():
+    """As torch's layers have it: virtual adversarial training, distillation and the like turn it off for a forward."""
+    ours, theirs = SyncBatchNorm(3), nn.BatchNorm1d(3)
+    for track in True, False, True:
+        x = torch.randn(6, 3)
+        for layer in ours, theirs:
+            layer.track_running_stats = track
+            layer(x)
+        assert_close(ours.state_dict(), theirs.state_dict())
+    assert ours.num_batches_tracked == 2
+    ours.momentum = theirs.momentum = 0.5
+    ours.eps = theirs.eps = 0.1
+    x = torch.randn(6, 3)
+    assert_close(ours(x), theirs(x))
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("eps", [-1.0, 0.0, float("nan")])
+def test_an_eps_that_is_not_above_0_is_refused_in_training(eps):
+    with pytest.raises(ValueError, match="it must be above 0"):
+        SyncBatchNorm(3, eps=eps)(torch.randn(4, 3))
