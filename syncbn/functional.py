@@ -145,7 +145,7 @@ class _BatchNorm(torch.autograd.Function):
             local, shared = Local(known), known[: 2 * x.size(1) + 1].unsqueeze(0)
         else:
             local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
-            shared = collectives.share_moments(local.packed.clone() if observer else local.packed, exchange)
+            shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
             _check_count(shared, x, mask)
         affine = Affine(weight, bias, relu, eps)
         y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
