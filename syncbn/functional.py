@@ -68,7 +68,7 @@ def sync_batch_norm(
 
     Raises:
         TypeError: x is not of a floating dtype, or mask not of bool.
-        ValueError: eps is not above 0; C differs from the length of weight or bias; mask or residual does not fit x; no
+        ValueError: eps is below 0; C differs from the length of weight or bias; mask or residual does not fit x; no
             such group, reduction or activation; the whole batch has one value per channel. On a CPU, also if a peer
             refused its input to this call.
 
@@ -217,8 +217,8 @@ def _checked(x, weight, bias, mask, residual, channels: int, eps: float) -> Tens
     """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: batch norm takes a floating dtype, say x.float()")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}: it must be above 0, or a constant channel is divided by nothing")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}: it must not be below 0, or a root of a negative number is taken")
     if x.dim() < 2 or x.size(1) != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {channels or 'C'}, *S]")
     if x.size(0) > 0 and x.numel() == 0:
