@@ -197,3 +197,29 @@ def test_turning_track_running_stats_off_leaves_the_buffers():
 def test_an_eps_below_0_is_refused_in_training(eps):
     with pytest.raises(ValueError, match="it must not be below 0"):
         SyncBatchNorm(3, eps=eps)(torch.randn(4, 3))
+
+
+class Sees:
+    """An observer that keeps the running mean as it is when it is told of a batch."""
+
+    per_image = False
+
+    def __init__(self, layer):
+        self.layer, self.seen = layer, []
+
+    def observe(self, packed, form, between_images, moments):
+        self.seen.append(self.layer.running_mean.clone())
+
+
+def test_an_observer_is_told_of_a_batch_before_the_running_buffers_move():
+    """It compares the batch with what was known before it."""
+    layer, x = SyncBatchNorm(3), 5 + torch.randn(6, 3)
+    layer.observer = Sees(layer)
+
+    layer(x)
+    layer(x)
+
+    first, second = layer.observer.seen
+    assert_close(first, torch.zeros(3))
+    assert_close(second, 0.1 * x.mean(0))
+    assert_close(layer.running_mean, 0.19 * x.mean(0))
