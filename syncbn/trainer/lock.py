@@ -120,8 +120,9 @@ def _opened(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             return os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            # Another job may have taken its folder away meanwhile, as it was refused or had nothing to keep
-            if isinstance(error, FileNotFoundError) and tries_left:
+            # Another job may have taken its folder away meanwhile, as it was refused or had nothing to keep; or while
+            # mkdir, which found something there, looked whether it is a folder
+            if isinstance(error, FileNotFoundError | FileExistsError) and tries_left:
                 continue
             mend = "mend that, or say with run.root= where runs are to lie"
             raise UserError(f"{folder} cannot be written to ({error.strerror}): {mend}") from None

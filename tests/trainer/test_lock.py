@@ -168,6 +168,23 @@ def test_many_that_come_and_go_have_it_one_at_a_time(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """mkdir finds it there, another job takes it away, and then it is no folder: seen once in a loaded test run."""
+    is_dir, gone = type(tmp_path).is_dir, []
+
+    def taken_away(path):
+        if path == tmp_path / "r" and not gone:
+            gone.append(path)
+            path.rmdir()
+        return is_dir(path)
+
+    (tmp_path / "r").mkdir()
+    monkeypatch.setattr(type(tmp_path), "is_dir", taken_away)
+    with lock.held(tmp_path / "r", longest_s=0):
+        assert (tmp_path / "r" / lock.NAME).exists()
+    assert gone
+
+
 def test_a_folder_stays_if_it_has_something_in_it(tmp_path):
     with lock.held(tmp_path / "a", longest_s=0):
         pass
