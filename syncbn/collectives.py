@@ -36,6 +36,8 @@ NCCL needs to start; where the ranks are not on different GPUs of one node, and 
 
 Direction = Literal["forward", "backward"]
 
+_torch: Any = torch
+
 
 def checked(reduction: Reduction) -> Reduction:
     """reduction, or ValueError."""
@@ -336,19 +338,44 @@ def _on_gpu(message: Tensor) -> bool:
     return message.is_cuda
 
 
-class Summed(torch.autograd.Function):
-    """The sum of a tensor over the group's ranks, differentiable any number of times.
+def summed(message: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of message over the group's ranks, which torch may differentiate and map in any way, any number of times.
 
-    Collective: one all_reduce, and one for each backward through it.
+    Collective: one all_reduce, and one for each backward through it; forward-mode AD sends one for the tangent. What
+    is mapped travels as one message.
     """
+    if not is_hidden_batch(message):
+        return _Summed.apply(message, group)
+    level = _torch._C._vmapmode_increment_nesting() - 1
+    _torch._C._vmapmode_decrement_nesting()
+    whole = _torch._remove_batch_dim(message, level, 1, 0)
+    return _torch._add_batch_dim(summed(whole, group), 0, level)
 
+
+def is_hidden_batch(tensor: Tensor) -> bool:
+    """Whether tensor is of torch's older vmap, that of is_grads_batched, which knows no Function's own rule."""
+    return _torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, message: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(message: Tensor, group: ProcessGroup) -> Tensor:
         message = message.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(message, group=group)
         return message
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ProcessGroup], output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
     def backward(ctx, gradient: Tensor):
-        return Summed.apply(gradient, ctx.group), None
+        return summed(gradient, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        return summed(tangent, ctx.group)
+
+    @staticmethod
+    def vmap(info, in_dims: tuple[Any, ...], message: Tensor, group: ProcessGroup):
+        return summed(message.movedim(in_dims[0], 0), group), 0

@@ -156,8 +156,8 @@ class SyncBatchNormAct(SyncBatchNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.act(self.drop(super().forward(x, residual, mask)))
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.act(self.drop(super().forward(input, residual, mask)))
 
 
 _SUCCESSORS: dict[type, type[SyncBatchNorm]] = {

@@ -1,17 +1,16 @@
 """Synchronised batch norm as one function: the kernels of this rank, one message to the others, each way."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from syncbn import collectives, kernels
+from syncbn import checks, collectives, composed, kernels
+from syncbn.checks import Activation
 from syncbn.collectives import Exchange, Group, Reduction
-from syncbn.kernels import Affine, Form, Local, Running, unpacked
-from syncbn.moments import Moments, merge, to_row
-
-Activation = Literal["relu"] | None
+from syncbn.kernels import Affine, Form, Local, Running, to_stats, unpacked
+from syncbn.moments import Moments
 
 
 class Observer(Protocol):
@@ -81,15 +80,8 @@ def sync_batch_norm(
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
     exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
     channels = x.size(1) if x.dim() > 1 else 0
-    y, stats = batch_norm(x, weight, bias, mask, residual, channels, Call(exchange, eps, checked(activation) == "relu"))
+    y, stats = batch_norm(x, weight, bias, mask, residual, channels, Call(exchange, eps, activation))
     return y, unpacked(stats)[0]
-
-
-def checked(activation: Activation) -> Activation:
-    """activation, or ValueError."""
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation is {activation!r}: it must be 'relu' or None")
-    return activation
 
 
 class Call(NamedTuple):
@@ -101,7 +93,7 @@ class Call(NamedTuple):
 
     exchange: Exchange
     eps: float = 1e-5
-    relu: bool = False
+    activation: Activation = None
     running: Running | None = None
     observer: Observer | None = None
     known: Tensor | None = None
@@ -118,13 +110,19 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor]:
     """sync_batch_norm for a layer of `channels`: y, and kernels' stats [3C + 1] of the whole batch."""
     exchange = call.exchange
+    transformed = not torch.compiler.is_compiling() and composed.transformed()
     try:
-        mask = _checked(x, weight, bias, mask, residual, channels, call.eps)
+        mask = checks.check_inputs(x, weight, bias, mask, residual, channels, call.eps, call.activation)
     except (TypeError, ValueError):
-        collectives.refuse(channels, exchange, x.device)
+        if transformed:
+            composed.refuse(x, channels, exchange)
+        else:
+            collectives.refuse(channels, exchange, _device(x, weight))
         raise
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
+    if transformed:
+        return _batch_norm_to_transform(x, weight, bias, mask, residual, call)
     anchor = None if exchange.group is None or x.requires_grad else _ANCHOR
     running = call.running
     if running is None or not (call.observer is not None or torch.compiler.is_compiling()):
@@ -138,7 +136,8 @@ def batch_norm(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, anchor, mask, call):
-        exchange, eps, relu, running, observer, known = call
+        exchange, eps, activation, running, observer, known = call
+        relu = activation == "relu"
         kernel, form = kernels.choose(x), collectives.form(exchange)
         if known is not None:
             # Their first part is a row, see moments.to_row
@@ -146,7 +145,7 @@ class _BatchNorm(torch.autograd.Function):
         else:
             local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
             shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
-            _check_count(shared, x, mask)
+            checks.check_count(shared, x.shape, enough=mask is None and x.numel() > x.size(1))
         affine = Affine(weight, bias, relu, eps)
         y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
         if observer is not None:
@@ -162,12 +161,12 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         x, stats, weight, bias, mask, y = ctx.saved_tensors
-        exchange, eps, relu, *_ = ctx.call
+        exchange, eps, activation, *_ = ctx.call
         # What follows may have no gradient to give; the peers wait all the same
         dy = torch.zeros_like(x) if dy is None else dy
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or composed.batched(dy)):
             return *_backward_to_differentiate(ctx, dy, x, weight, bias, mask, y), None, None, None
-        kernel, affine = kernels.choose(x), Affine(weight, bias, relu, eps)
+        kernel, affine = kernels.choose(x), Affine(weight, bias, activation == "relu", eps)
         packed, dweight, dbias, g = kernel.grad_sums(dy, x, stats, affine, y)
         # Whatever this rank needs of it, its peers need its part
         sums = collectives.share_sums(packed, exchange)
@@ -179,81 +178,27 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _backward_to_differentiate(ctx, dy, x, weight, bias, mask, y):
-    """dx, dweight, dbias and dresidual, with their own graph: backward through the formula in plain operators."""
-    anchor = torch.zeros(0, requires_grad=True)
-    composed = _composed(x, weight, bias, anchor, mask, ctx.call.eps, ctx.call.exchange)
-    g = dy * ((composed if y is None else y) > 0) if ctx.call.relu else dy
+    """dx, dweight, dbias and dresidual through plain operators: to be differentiated, or for a batch of dy."""
+    exchange, eps, activation, *_ = ctx.call
+    graph, anchor = torch.is_grad_enabled(), torch.zeros(0, requires_grad=True)
+    with torch.enable_grad():
+        normalized, *_ = composed.batch_norm(x, weight, bias, mask, eps, exchange, anchor)
+    g = dy if activation is None else dy.masked_fill((normalized if y is None else y) <= 0, 0)
     inputs = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
     wanted = [anchor, *(t for t in inputs if t is not None)]
     # The anchor takes part so that the collectives within run on every rank
-    _, *gradients = torch.autograd.grad(composed, wanted, g, create_graph=True, allow_unused=True)
+    _, *gradients = torch.autograd.grad(normalized, wanted, g, create_graph=graph, allow_unused=True)
     return *[None if t is None else gradients.pop(0) for t in inputs], g if ctx.added else None
 
 
-def _composed(x, weight, bias, anchor, mask, eps, exchange: Exchange) -> Tensor:
-    """y before residual and relu, in operators that are differentiable any number of times."""
-    values = x.double()
-    dims = [d for d in range(x.dim()) if d != 1]
-    here = torch.ones_like(values[:, :1]) if mask is None else mask.double().expand_as(values[:, :1])
-    count = here.sum()
-    # Selected, not multiplied: what is masked may be anything
-    mean = values.where(here > 0, 0).sum(dims) / count.clamp(min=1)
-    m2 = (values - _per_channel(mean, x)).where(here > 0, 0).square().sum(dims)
-    row = to_row(Moments(count, mean, m2)) + anchor.double().sum().to(x.device)
-    rows = row.unsqueeze(0)
-    if exchange.group is not None:
-        # Each rank's row among zeros: summed, they are gathered
-        place = torch.zeros(exchange.group.size(), 1, dtype=row.dtype, device=x.device)
-        place[exchange.group.rank()] = 1
-        rows = collectives.Summed.apply(place * row, exchange.group)
-    moments = merge(rows)
-    y = (values - _per_channel(moments.mean, x)) * _per_channel((moments.var + eps).rsqrt(), x)
-    y = y if weight is None else y * _per_channel(weight, x)
-    y = y if bias is None else y + _per_channel(bias, x)
-    return y.to(x.dtype)
+def _batch_norm_to_transform(x, weight, bias, mask, residual, call: Call) -> tuple[Tensor, Tensor]:
+    """batch_norm where torch.func, vmap or forward-mode AD is at work. No observer sees it."""
+    exchange, eps, activation, running, _, _ = call
+    y, moments, invstd = composed.batch_norm(x, weight, bias, mask, eps, exchange, _ANCHOR, running)
+    y = y if residual is None else y + residual
+    return y if activation is None else y.relu(), to_stats(moments, invstd).detach()
 
 
-def _checked(x, weight, bias, mask, residual, channels: int, eps: float) -> Tensor | None:
-    """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
-    if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}: batch norm takes a floating dtype, say x.float()")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}: it must not be below 0, or a root of a negative number is taken")
-    if x.dim() < 2 or x.size(1) != channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {channels or 'C'}, *S]")
-    if x.size(0) > 0 and x.numel() == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}: a spatial size of 0 holds no values; a rank without data has N = 0"
-        )
-    for name, parameter in ("weight", weight), ("bias", bias):
-        if parameter is not None and parameter.numel() != channels:
-            raise ValueError(f"x has {channels} channels but {name} has {parameter.numel()}: they must match")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} but residual {tuple(residual.shape)}: they must be the same")
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}: it must be bool, True where an element counts")
-    if mask.shape == x.shape[:1]:
-        return mask.view(-1, *[1] * (x.dim() - 1))
-    if mask.shape != (x.size(0), 1, *x.shape[2:]):
-        raise ValueError(f"x has shape {tuple(x.shape)} but mask {tuple(mask.shape)}: mask must be [N] or [N, 1, *S]")
-    return mask
-
-
-def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    """Refuse, on every rank, a whole batch that has no variance, or part of which was refused."""
-    one_value = "the whole batch has one value per channel: a variance needs more"
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        if mask is not None or x.numel() <= x.size(1):
-            torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
-        return
-    size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
-    if size == 1:
-        raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
-    if size != size:
-        raise ValueError("another rank of the group refused its input to this layer: its own error says why")
-
-
-def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(1, -1, *[1] * (x.dim() - 2))
+def _device(x: object, weight: object) -> torch.device:
+    """Where this rank's messages lie, whatever it was given."""
+    return next((t.device for t in (x, weight) if isinstance(t, Tensor)), torch.device("cpu"))

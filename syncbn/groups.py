@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+NON_MEMBER = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER, what new_group gives to other ranks
+
 
 class Place(NamedTuple):
     """What one rank tells the others when the world is divided.
@@ -30,6 +32,11 @@ def plain(group: Any) -> str | int | tuple:
         return ("samples", group["samples"])
     if isinstance(group, Sequence) and group and all(isinstance(rank, int) for rank in group) and _differ(group):
         return tuple(sorted(group))
+    if group == NON_MEMBER:
+        raise ValueError(
+            "this rank is not in the process group that it was given (torch.distributed.new_group returned -100 here): "
+            "give each rank the group that it is in"
+        )
     raise ValueError(
         f"group is {group!r}: give 'world', 'node', a number of ranks, a list of different ranks, {{'samples': n}}, "
         "a ProcessGroup that this rank is in or one dimension of a DeviceMesh"

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
+from syncbn.checks import Activation, check_activation
 from syncbn.collectives import Group, Reduction
-from syncbn.functional import Activation, checked
 from syncbn.module import SyncBatchNorm
 
 
@@ -46,18 +46,18 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.momentum = momentum
         if not bias:
             self.register_parameter("bias", None)
-        self.activation = checked(activation)
+        self.activation = check_activation(activation)
         self.synchronise(group, reduction)
 
-    def initialize_parameters(self, x: Tensor, *others: Any, **named: Any) -> None:
-        """Learn num_features from x; called before the first forward, with its arguments."""
+    def initialize_parameters(self, input: Tensor, *others: Any, **named: Any) -> None:
+        """Learn num_features from input; called before the first forward, with its arguments."""
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "running_mean", "running_var")}
         tensors = {name: t for name, t in tensors.items() if t is not None}
         # A state_dict that was loaded knows C already, and holds some or all of the values
         known = [t.numel() for t in tensors.values() if not is_lazy(t)]
-        if not known and x.dim() < 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, C, *S]")
-        self.num_features = known[0] if known else x.size(1)
+        if not known and input.dim() < 2:
+            raise ValueError(f"x has shape {tuple(input.shape)}: it must be [N, C, *S]")
+        self.num_features = known[0] if known else input.size(1)
         for name, t in tensors.items():
             if is_lazy(t):
                 t.materialize((self.num_features,))

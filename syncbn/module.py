@@ -1,18 +1,37 @@
 """SyncBatchNorm, the layer: parameters, buffers and the choice of statistics. The arithmetic is functional.py's."""
 
 import copy
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import collectives, functional, recompute
+from syncbn.checks import Activation, check_activation, check_beside
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
-from syncbn.functional import Activation, Call, Observer
+from syncbn.functional import Call, Observer
 from syncbn.kernels import Running, unpacked
 from syncbn.moments import Moments
+
+
+def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward, which torch.fx takes for one call of the layer, as it does with torch's own layers."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, input: Any, *args: Any, **named: Any) -> Any:
+        # Not where a subclass's forward calls this one
+        if isinstance(input, fx.Proxy) and type(self).forward is call:
+            target = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
+            return input.tracer.create_proxy("call_module", target, (input, *args), named)
+        return forward(self, input, *args, **named)
+
+    return call
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -67,8 +86,13 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.bias = None
-        self.activation = functional.checked(activation)
+        self.activation = check_activation(activation)
         self.synchronise(group, reduction)
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "forward" in vars(cls):
+            cls.forward = _leaf(cls.forward)
 
     def synchronise(self, group: Group | Spec, reduction: Reduction = "all_reduce") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
@@ -86,25 +110,26 @@ class SyncBatchNorm(_BatchNorm):
         # Layers that share a Spec agree on their ranks once for all
         vars(self)["_spec"] = group if isinstance(group, Spec) else Spec(group)
 
+    @_leaf
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         activation: Activation = None,
     ) -> Tensor:
-        """Normalise x, add residual, apply the activation.
+        """Normalise input, add residual, apply the activation.
 
         Args:
-            x: [N, C, *S].
+            input: [N, C, *S].
             residual: [N, C, *S], or None for 0.
             mask: [N] or [N, 1, *S] bool, the elements that count in training's mean and variance; None for all.
             activation: "relu", or None for the layer's own.
         """
-        relu = functional.checked(activation or self.activation) == "relu"
+        activation = activation or self.activation
         if not self.training:
-            return self._by_running_statistics(x, residual, relu)
-        return self._by_batch(x, self.weight, self.bias, mask, residual, relu)[0]
+            return self._by_running_statistics(input, residual, mask, activation)
+        return self._by_batch(input, self.weight, self.bias, mask, residual, activation)[0]
 
     def by_batch(
         self,
@@ -119,7 +144,7 @@ class SyncBatchNorm(_BatchNorm):
 
         For subclasses that do more with them. The running buffers have moved afterwards.
         """
-        y, stats = self._by_batch(x, weight, bias, mask, residual, relu)
+        y, stats = self._by_batch(x, weight, bias, mask, residual, "relu" if relu else None)
         return y, unpacked(stats)[0]
 
     def _by_batch(
@@ -129,26 +154,37 @@ class SyncBatchNorm(_BatchNorm):
         bias: Tensor | None,
         mask: Tensor | None,
         residual: Tensor | None,
-        relu: bool,
+        activation: Activation,
     ) -> tuple[Tensor, Tensor]:
         exchange = Exchange(self._process_group(x), self.reduction, self.witness)
         checkpointing = not torch.compiler.is_compiling() and recompute.possible()
         known = recompute.known(self) if checkpointing else None
         if known is None:
-            call = Call(exchange, self.eps, relu, self._running(), self.observer)
+            call = Call(exchange, self.eps, activation, self._running(), self.observer)
         else:
-            call = Call(exchange, self.eps, relu, known=known)
+            call = Call(exchange, self.eps, activation, known=known)
         y, stats = functional.batch_norm(x, weight, bias, mask, residual, self.num_features, call)
         if checkpointing:
             recompute.keep(self, stats)
         return y, stats
 
     def _running(self) -> Running | None:
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        mean, var, batches = *self._running_statistics(), self.num_batches_tracked
         # Read here, as torch's layers do: whoever turns it off for a while leaves the buffers alone
-        if mean is None or var is None or batches is None or not self.track_running_stats:
+        if mean is None or var is None or not self.track_running_stats:
             return None
+        if batches is None:
+            if self.momentum is None:
+                # Nothing to average by; nor do torch's layers
+                return None
+            batches = torch.zeros((), dtype=torch.int64, device=mean.device)
         return Running(mean, var, batches, self.momentum)
+
+    def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        mean, var = self.running_mean, self.running_var
+        if (mean is None) != (var is None):
+            raise ValueError("one of running_mean and running_var is None: both must be, or neither")
+        return mean, var
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
         spec = vars(self)["_spec"]
@@ -157,6 +193,7 @@ class SyncBatchNorm(_BatchNorm):
             return process_group
         if process_group is not None:
             vars(self)["_has_peers"] = True
+            _refuse_join()
         elif "_has_peers" in vars(self) and not collectives.available():
             raise RuntimeError(
                 "the process group that this layer synchronised over was destroyed: initialise one, or "
@@ -164,20 +201,39 @@ class SyncBatchNorm(_BatchNorm):
             )
         return process_group
 
-    def _by_running_statistics(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def _by_running_statistics(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: Activation
+    ) -> Tensor:
+        check_activation(activation)
+        check_beside(x, mask, residual)
         self._check_input_dim(x)
         # Parameters may be in half precision, where buffers never are
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         mean, var, weight, bias = (
-            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            None if t is None else t.to(dtype) for t in (*self._running_statistics(), self.weight, self.bias)
         )
-        y = F.batch_norm(x, mean, var, weight, bias, self.running_mean is None, 0.0, self.eps)
+        y = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, self.eps)
         y = y if residual is None else y + residual.to(x.dtype)
-        return F.relu(y) if relu else y
+        return y if activation is None else F.relu(y)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.size(1) != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}: it must be [N, {self.num_features}, *S]")
+
+    @property
+    def affine(self) -> bool:
+        """Whether weight and bias are learnt."""
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise TypeError(
+                "convert_sync_batchnorm would put torch.nn.SyncBatchNorm in the place of syncbn's layer, which is "
+                "synchronised already, and lose its activation: leave that call out (Lightning's sync_batchnorm=True, "
+                "timm's --sync-bn), or take syncbn.revert(model) first"
+            )
+        return vars(self)["affine"]
+
+    @affine.setter
+    def affine(self, affine: bool) -> None:
+        vars(self)["affine"] = affine
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SyncBatchNorm":
         before = {name: getattr(self, name) for name in _RUNNING}
@@ -209,6 +265,17 @@ class SyncBatchNorm(_BatchNorm):
         activation = "" if self.activation is None else f", activation={self.activation!r}"
         reduction = "" if self.reduction == "all_reduce" else f", reduction={self.reduction!r}"
         return f"{super().extra_repr()}{activation}, group={vars(self)['_spec']!r}{reduction}"
+
+
+def _refuse_join() -> None:
+    """Ranks whose data ended would leave the others waiting: they have DDP's messages to answer, not the layers'."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is not None and ddp._join_config.enable and not ddp._join_config.throw_on_early_termination:
+        raise RuntimeError(
+            "a SyncBatchNorm within DDP's join(): a rank whose data ended would no longer send its statistics; let "
+            "every rank make as many steps, with empty batches [0, C, ...] where it has no data, or take "
+            "join(throw_on_early_termination=True)"
+        )
 
 
 OF_THIS_PROCESS = ("_has_peers", "witness", "observer")

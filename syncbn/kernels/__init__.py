@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.kernels import eager, native
-from syncbn.kernels.contract import Affine, Form, Kernels, Local, Running, Sums, unpacked
+from syncbn.kernels.contract import Affine, Form, Kernels, Local, Running, Sums, to_stats, unpacked
 
-__all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "unpacked"]
+__all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "to_stats", "unpacked"]
 
 
 def choose(x: Tensor) -> Kernels:

@@ -11,6 +11,8 @@ from syncbn import SyncBatchNorm, sync_batch_norm
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
 
+BUFFERS = ["running_mean", "running_var", "num_batches_tracked"]
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_running_buffers_are_never_in_half_precision(dtype):
@@ -71,13 +73,13 @@ def frozen_alone(layer, x, dy):
     return y.detach(), x.grad, [p.grad for p in layer.parameters()], [b.clone() for b in layer.buffers()]
 
 
-def refused(rank, x, mask, weight, reduction):
+def refused(rank, x, named, weight, reduction):
     """What a rank with these arguments is told, then a good step: nobody was left waiting, nothing is spoilt."""
     layer = SyncBatchNorm(3, reduction=reduction)
     if weight is not None:
         layer.weight = nn.Parameter(weight)
     try:
-        layer(x[rank], mask=mask if rank == 0 else None)
+        layer(x[rank], **named if rank == 0 else {})
         told = None
     except (ValueError, TypeError) as error:
         told = str(error)
@@ -86,24 +88,32 @@ def refused(rank, x, mask, weight, reduction):
 
 
 GOOD = torch.randn(2, 3, 4)
+# x, other arguments, weight, what is said
 BAD = {
-    "channels": (torch.zeros(2, 4, 3), None, None, "x has shape (2, 4, 3): it must be [N, 3, *S]"),
-    "one-dimension": (torch.zeros(3), None, None, "x has shape (3,): it must be [N, 3, *S]"),
-    "no-dimension": (torch.zeros(()), None, None, "x has shape (): it must be [N, 3, *S]"),
-    "integers": (torch.zeros(2, 3, dtype=torch.int64), None, None, "x has dtype torch.int64: batch norm takes a float"),
-    "complex": (torch.zeros(2, 3, dtype=torch.complex64), None, None, "x has dtype torch.complex64"),
-    "no-pixels": (torch.zeros(2, 3, 0, 4), None, None, "x has shape (2, 3, 0, 4): a spatial size of 0 holds no values"),
-    "weight": (GOOD, None, torch.ones(4), "x has 3 channels but weight has 4: they must match"),
-    "mask-dtype": (GOOD, torch.ones(2), None, "mask has dtype torch.float32: it must be bool"),
-    "mask-shape": (GOOD, torch.ones(3).bool(), None, "but mask (3,): mask must be [N] or [N, 1, *S]"),
-    "mask-per-channel": (GOOD, torch.ones(2, 3, 4).bool(), None, "but mask (2, 3, 4): mask must be [N] or [N, 1, *S]"),
+    "channels": (torch.zeros(2, 4, 3), {}, None, "x has shape (2, 4, 3): it must be [N, 3, *S]"),
+    "one-dimension": (torch.zeros(3), {}, None, "x has shape (3,): it must be [N, 3, *S]"),
+    "no-dimension": (torch.zeros(()), {}, None, "x has shape (): it must be [N, 3, *S]"),
+    "integers": (torch.zeros(2, 3, dtype=torch.int64), {}, None, "x has dtype torch.int64: batch norm takes a float"),
+    "complex": (torch.zeros(2, 3, dtype=torch.complex64), {}, None, "x has dtype torch.complex64"),
+    "no-pixels": (torch.zeros(2, 3, 0, 4), {}, None, "x has shape (2, 3, 0, 4): a spatial size of 0 holds no values"),
+    "no-tensor": ([[1.0, 2.0, 3.0]], {}, None, "x is a list: it must be a Tensor [N, C, *S]"),
+    "weight": (GOOD, {}, torch.ones(4), "x has 3 channels but weight has 4: they must match"),
+    "mask-dtype": (GOOD, {"mask": torch.ones(2)}, None, "mask has dtype torch.float32: it must be bool"),
+    "mask-shape": (GOOD, {"mask": torch.ones(3).bool()}, None, "but mask (3,): mask must be [N] or [N, 1, *S]"),
+    "mask-per-channel": (GOOD, {"mask": torch.ones(2, 3, 4).bool()}, None, "but mask (2, 3, 4): mask must be [N] or"),
+    "mask-no-tensor": (GOOD, {"mask": [True, False]}, None, "mask is a list: it must be a Tensor"),
+    "mask-elsewhere": (GOOD, {"mask": torch.ones(2, device="meta").bool()}, None, "x is on cpu but mask on meta: they"),
+    "residual-shape": (GOOD, {"residual": torch.ones(2, 3, 1)}, None, "(2, 3, 4) but residual (2, 3, 1): they must be"),
+    "residual-no-tensor": (GOOD, {"residual": 1.0}, None, "residual is a float: it must be a Tensor"),
+    "activation": (GOOD, {"activation": "gelu"}, None, "activation is 'gelu': it must be 'relu' or None"),
 }
+IN_EVAL = [name for name in BAD if name.startswith(("mask", "residual", "activation", "channels", "no-tensor"))]
 
 
 @pytest.mark.parametrize("reduction", ["all_reduce", "gather"])
-@pytest.mark.parametrize(("x", "mask", "weight", "error"), BAD.values(), ids=BAD)
-def test_bad_input_of_one_rank_is_an_error_on_every_rank(x, mask, weight, error, reduction):
-    ranks = run_ranks(refused, 2, [x, GOOD], mask, weight, reduction)
+@pytest.mark.parametrize(("x", "named", "weight", "error"), BAD.values(), ids=BAD)
+def test_bad_input_of_one_rank_is_an_error_on_every_rank(x, named, weight, error, reduction):
+    ranks = run_ranks(refused, 2, [x, GOOD], named, weight, reduction)
 
     assert error in ranks[0][0]
     if weight is None:
@@ -113,18 +123,19 @@ def test_bad_input_of_one_rank_is_an_error_on_every_rank(x, mask, weight, error,
     assert [r[2] for r in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize(("x", "mask", "weight", "error"), BAD.values(), ids=BAD)
-def test_bad_input_alone(x, mask, weight, error):
+@pytest.mark.parametrize("name, training", [(name, True) for name in BAD] + [(name, False) for name in IN_EVAL])
+def test_bad_input_alone(name, training):
+    x, named, weight, error = BAD[name]
     with pytest.raises((ValueError, TypeError)) as raised:
-        refused_alone(x, mask, weight)
+        refused_alone(x, named, weight, training)
     assert error in str(raised.value)
 
 
-def refused_alone(x, mask, weight):
-    layer = SyncBatchNorm(3)
+def refused_alone(x, named, weight, training):
+    layer = SyncBatchNorm(3).train(training)
     if weight is not None:
         layer.weight = nn.Parameter(weight)
-    layer(x, mask=mask)
+    layer(x, **named)
 
 
 def lone_value(rank, xs, masks):
@@ -191,6 +202,43 @@ def test_turning_track_running_stats_off_leaves_the_buffers():
     x = torch.randn(6, 3)
     assert_close(ours(x), theirs(x))
     assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def state_but(layer, missing):
+    """The buffers; not a count of batches that nothing uses."""
+    return {name: b for name, b in layer.named_buffers() if "running_mean" not in missing}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("missing", [["num_batches_tracked"], BUFFERS[:2], BUFFERS])
+def test_buffers_that_were_set_to_none_stay_so_and_the_others_move(missing, momentum):
+    ours, theirs = SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    x = torch.randn(6, 3)
+    for layer in ours, theirs:
+        for name in missing:
+            setattr(layer, name, None)
+        for _ in range(2):
+            layer(2 + x)
+        layer.eval()
+    assert_close(state_but(ours, missing), state_but(theirs, missing))
+    assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_one_of_the_running_statistics_alone_is_refused(name, training):
+    layer = SyncBatchNorm(3).train(training)
+    setattr(layer, name, None)
+    with pytest.raises(ValueError, match="one of running_mean and running_var is None"):
+        layer(torch.randn(6, 3))
+
+
+def test_the_input_is_called_input():
+    """Wrappers call a batch norm by that name: it is that of torch's."""
+    x = torch.randn(6, 3)
+    for training in True, False:
+        layer = SyncBatchNorm(3).train(training)
+        assert_close(layer(input=x), layer(x))
 
 
 @pytest.mark.parametrize("eps", [-1.0, float("nan")])

@@ -232,7 +232,7 @@ class Twice(nn.Module):
 
     def forward(self, x):
         y = self.norm(x, None, mask_of(x)[0])
-        return y + self.norm(mask=mask_of(x)[1], x=2 * x)
+        return y + self.norm(mask=mask_of(x)[1], input=2 * x)
 
 
 def mask_of(x):

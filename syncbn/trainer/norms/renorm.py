@@ -34,22 +34,22 @@ class BatchRenorm(syncbn.SyncBatchNorm):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         activation: Literal["relu"] | None = None,
     ) -> Tensor:
         running = self._running_now() if self.training else None
         if running is None:
-            return super().forward(x, residual, mask, activation)
-        y, moments = self.by_batch(x, None, None, mask)
+            return super().forward(input, residual, mask, activation)
+        y, moments = self.by_batch(input, None, None, mask)
         r, d = self._corrections(moments, running)
         weight = r if self.weight is None else r * self.weight
         bias = d if self.weight is None else d * self.weight
         bias = bias if self.bias is None else bias + self.bias
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y = scaled(y, weight.to(dtype), bias.to(dtype)).to(x.dtype)
-        y = y if residual is None else y + residual.to(x.dtype)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        y = scaled(y, weight.to(dtype), bias.to(dtype)).to(input.dtype)
+        y = y if residual is None else y + residual.to(input.dtype)
         return F.relu(y) if (activation or self.activation) else y
 
     def _running_now(self) -> "_Running | None":
