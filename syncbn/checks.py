@@ -11,6 +11,9 @@ from torch import Tensor
 
 Activation = Literal["relu"] | None
 
+_ONE_VALUE = "the whole batch has one value per channel: a variance needs more"
+_REFUSED = "another rank of the group refused its input to this layer: its own error says why"
+
 
 def check_activation(activation: Activation) -> Activation:
     """activation, or ValueError."""
@@ -63,17 +66,18 @@ def check_count(shared: Tensor, shape: Sequence[int], enough: bool = False) -> N
     shape: of this rank's x.
     enough: whether this rank alone is known to have more than one value per channel.
     """
-    one_value = "the whole batch has one value per channel: a variance needs more"
     if shared.device.type != "cpu" or torch.compiler.is_compiling():
-        if enough:
-            return
-        torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
+        size = shared[..., -1].sum()
+        if not enough:
+            torch._assert_async(size != 1, _ONE_VALUE)  # pyright: ignore[reportPrivateImportUsage]
+        if shared.device.type == "cpu":
+            torch._assert_async(size == size, _REFUSED)  # pyright: ignore[reportPrivateImportUsage]
         return
     size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
     if size == 1:
-        raise ValueError(f"{one_value}; x has shape {tuple(shape)} on this rank")
+        raise ValueError(f"{_ONE_VALUE}; x has shape {tuple(shape)} on this rank")
     if size != size:
-        raise ValueError("another rank of the group refused its input to this layer: its own error says why")
+        raise ValueError(_REFUSED)
 
 
 def _check_tensors(x: Any, **others: Any) -> None:

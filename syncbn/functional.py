@@ -113,7 +113,9 @@ def batch_norm(
     transformed = not torch.compiler.is_compiling() and composed.transformed()
     try:
         mask = checks.check_inputs(x, weight, bias, mask, residual, channels, call.eps, call.activation)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        if torch.compiler.is_compiling():
+            return _refused_as_it_runs(x, weight, channels, exchange, str(error))
         if transformed:
             composed.refuse(x, channels, exchange)
         else:
@@ -197,6 +199,17 @@ def _batch_norm_to_transform(x, weight, bias, mask, residual, call: Call) -> tup
     y, moments, invstd = composed.batch_norm(x, weight, bias, mask, eps, exchange, _ANCHOR, running)
     y = y if residual is None else y + residual
     return y if activation is None else y.relu(), to_stats(moments, invstd).detach()
+
+
+def _refused_as_it_runs(
+    x: Tensor, weight: Tensor | None, channels: int, exchange: Exchange, why: str
+) -> tuple[Tensor, Tensor]:
+    """What a graph does that is made for an input to be refused: an error in its making would leave the peers waiting."""
+    device = _device(x, weight)
+    collectives.refuse(channels, exchange, device)
+    torch._assert_async(torch.zeros((), device=device), why)  # pyright: ignore[reportPrivateImportUsage]
+    stats = torch.full((3 * channels + 1,), torch.nan, dtype=torch.float64, device=device)
+    return x * torch.nan if isinstance(x, Tensor) else stats, stats
 
 
 def _device(x: object, weight: object) -> torch.device:

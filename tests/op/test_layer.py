@@ -123,6 +123,27 @@ def test_bad_input_of_one_rank_is_an_error_on_every_rank(x, named, weight, error
     assert [r[2] for r in ranks] == [0, 0]
 
 
+def refused_compiled(rank, x, named, weight):
+    torch._dynamo.reset()
+    layer = SyncBatchNorm(3)
+    layer(GOOD)  # the group is formed here
+    if weight is not None and rank == 0:
+        layer.weight = nn.Parameter(weight)
+    layer.compile(fullgraph=True, backend="aot_eager")
+    try:
+        layer(x[rank], **named if rank == 0 else {})
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("x", "named", "weight", "error"), BAD.values(), ids=BAD)
+def test_bad_input_of_one_rank_is_an_error_on_every_rank_where_compiled(x, named, weight, error):
+    """An error in the making of the graph left the peers waiting for a message."""
+    refuser, peer = run_ranks(refused_compiled, 2, [x, GOOD], named, weight, timeout_s=60)
+    assert error in refuser
+    assert "another rank of the group refused its input to this layer" in peer
+
+
 @pytest.mark.parametrize("name, training", [(name, True) for name in BAD] + [(name, False) for name in IN_EVAL])
 def test_bad_input_alone(name, training):
     x, named, weight, error = BAD[name]
