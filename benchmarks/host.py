@@ -35,7 +35,7 @@ from triton.runtime import driver
 from benchmarks import timing
 from benchmarks.forced import TorchSyncBatchNorm
 from benchmarks.timing import Step, Times
-from syncbn import SyncBatchNorm, collectives, functional, kernels
+from syncbn import SyncBatchNorm, checks, collectives, kernels
 
 RANKS = 8
 # One after the other, as in a network: what a call of backward costs by itself is no layer's
@@ -76,10 +76,9 @@ class NoDriver:
         return launch
 
 
-def as_on_a_gpu(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    """functional._check_count where x is on a GPU and has more than one value a channel."""
-    assert mask is None
-    assert x.numel() > x.size(1)
+def as_on_a_gpu(shared: Tensor, shape: Sequence[int], enough: bool) -> None:
+    """checks.check_count where x is on a GPU and has more than one value a channel."""
+    assert enough
 
 
 def empty_vectors(count: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -113,7 +112,7 @@ def no_gpu() -> Iterator[NoDriver]:
             if hasattr(dist, name):
                 stack.enter_context(patch.object(dist, name, gathered))
         stack.enter_context(patch.object(plan, "multiprocessors", lambda device: 132))
-        stack.enter_context(patch.object(functional, "_check_count", as_on_a_gpu))
+        stack.enter_context(patch.object(checks, "check_count", as_on_a_gpu))
         stack.enter_context(patch.object(collectives, "gather_objects", lambda value, group: [value] * RANKS))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
         stack.callback(dist.destroy_process_group)

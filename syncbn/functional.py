@@ -204,7 +204,7 @@ def _batch_norm_to_transform(x, weight, bias, mask, residual, call: Call) -> tup
 def _refused_as_it_runs(
     x: Tensor, weight: Tensor | None, channels: int, exchange: Exchange, why: str
 ) -> tuple[Tensor, Tensor]:
-    """What a graph does that is made for an input to be refused: an error in its making would leave the peers waiting."""
+    """A graph that refuses its input when it runs: an error in its making would leave the peers waiting."""
     device = _device(x, weight)
     collectives.refuse(channels, exchange, device)
     torch._assert_async(torch.zeros((), device=device), why)  # pyright: ignore[reportPrivateImportUsage]

@@ -25,8 +25,7 @@ def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: nn.Module, input: Any, *args: Any, **named: Any) -> Any:
-        # Not where a subclass's forward calls this one
-        if isinstance(input, fx.Proxy) and type(self).forward is call:
+        if isinstance(input, fx.Proxy):
             target = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             return input.tracer.create_proxy("call_module", target, (input, *args), named)
         return forward(self, input, *args, **named)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.testing import assert_close
 
-from syncbn import SyncBatchNorm, reference
+from syncbn import SyncBatchNorm, collectives, reference
 from tests.messages import recorded
 from tests.op.steps import EXACT, batch, layer_of
 from tests.ranks import run_ranks
@@ -210,6 +210,21 @@ def messages(rank, name, xs):
 def test_a_batch_travels_as_one_message(name, count):
     """is_grads_batched composes the formula anew: a message each way more, however many gradients there are."""
     assert run_ranks(messages, 2, name, batch((3, 5))[0].split([6, 2])) == [count, count]
+
+
+def summed_columns(rank):
+    layer = SyncBatchNorm(3)
+    layer(torch.randn(4, 3))
+    group = layer._process_group(torch.randn(4, 3))
+    message = torch.arange(6.0).view(2, 3) * (rank + 1)
+    with recorded() as sent:
+        return vmap(lambda m: collectives.summed(m, group), 1)(message), len(sent)
+
+
+def test_a_message_may_be_mapped_along_any_dimension():
+    for total, sent in run_ranks(summed_columns, 2):
+        assert_close(total, 3 * torch.arange(6.0).view(2, 3).T)
+        assert sent == 1
 
 
 def refused(rank, kind):
