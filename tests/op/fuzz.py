@@ -77,12 +77,13 @@ def failure_of(case: Case) -> Failure | None:
 
 def answers_of(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     """What a rank finds in each case."""
-    return [_answer(rank, case) for case in cases]
+    return [answer_of(rank, case) for case in cases]
 
 
-def _answer(rank: int, case: Case) -> dict[str, Any]:
-    layer = _layer(case, rank)
-    given = [_leaves(case, rank, call) for call in range(case.calls)]
+def answer_of(rank: int, case: Case, device: str = "cpu") -> dict[str, Any]:
+    """What a rank finds in a case."""
+    layer = layer_of(case, rank).to(device)
+    given = [_leaves(case, rank, call, device) for call in range(case.calls)]
     found: list[dict[str, Any] | None] = []
     waiting: list[tuple[Tensor, Tensor]] = []
     for regions in [given] if case.one_region else [[each] for each in given]:
@@ -101,11 +102,12 @@ def _answer(rank: int, case: Case) -> dict[str, Any]:
         _backward(case, pairs)
     for answer, (x, _, residual, _) in zip(found, given, strict=True):
         if answer is not None:
-            answer |= {"y": answer["y"].detach(), "dx": _grad(x), "dresidual": _grad(residual)}
+            answer |= {"y": answer["y"].detach().cpu(), "dx": _grad(x), "dresidual": _grad(residual)}
     return {"calls": found, "gradients": {name: _grad(p) for name, p in layer.named_parameters()}}
 
 
-def _layer(case: Case, rank: int) -> SyncBatchNorm:
+def layer_of(case: Case, rank: int) -> SyncBatchNorm:
+    """The case's layer."""
     layer = SyncBatchNorm(
         case.channels,
         case.eps,
@@ -130,8 +132,8 @@ def _spec(rank: int, groups: tuple[tuple[int, ...], ...], group: str) -> Spec:
     return Spec(literal_eval(group) if group != "world" else group)
 
 
-def _leaves(case: Case, rank: int, call: int) -> Tensors:
-    given = tensors(case, rank, call)
+def _leaves(case: Case, rank: int, call: int, device: str) -> Tensors:
+    given = Tensors(*(None if t is None else t.to(device) for t in tensors(case, rank, call)))
     given.x.requires_grad_(case.ranks[rank].needs_grad)
     if given.residual is not None:
         given.residual.requires_grad_()
@@ -146,7 +148,7 @@ def _forward(case: Case, layer: SyncBatchNorm, given: list[Tensors]) -> list[dic
         ys = []
         for x, residual, each in zip(xs[::2], xs[1::2], given, strict=True):
             ys.append(layer(x, residual, each.mask, "relu" if case.relu == "call" else None))
-            buffers.append({name: b.clone() for name, b in layer.named_buffers()})
+            buffers.append({name: b.to("cpu", copy=True) for name, b in layer.named_buffers()})
         return tuple(ys)
 
     inputs = [t for each in given for t in (each.x, each.residual)]
@@ -159,7 +161,7 @@ def _forward(case: Case, layer: SyncBatchNorm, given: list[Tensors]) -> list[dic
         layer.eval()
         with torch.no_grad():
             relu = "relu" if case.relu == "call" else None
-            found[0]["eval"] = layer(given[0].x, given[0].residual, activation=relu)
+            found[0]["eval"] = layer(given[0].x, given[0].residual, activation=relu).cpu()
         layer.train()
     return found
 
@@ -177,7 +179,7 @@ def _grad(t: Tensor | None) -> Tensor | None:
     """t.grad, taken from it, so that a graph of it can go."""
     if t is None or t.grad is None:
         return None
-    gradient, t.grad = t.grad.detach(), None
+    gradient, t.grad = t.grad.detach().cpu(), None
     return gradient
 
 
