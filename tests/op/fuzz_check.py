@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.op.fuzz_case import HALVES, LAST, Case, Tensors, counts, parameters, tensors
 
 EPS = torch.finfo(torch.float64).eps
-PROMISE = {"float64": 1e-13, "float32": 2e-5, "bfloat16": 2e-5, "float16": 2e-5}
+PROMISE = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5}
 
 
 class Near(NamedTuple):
