@@ -8,7 +8,7 @@ import pytest
 from tests.op import fuzz
 from tests.op.fuzz_case import Case, Share, draw
 
-SEEDS = range(1200)
+SEEDS = range(900)
 
 
 @pytest.mark.parametrize("seeds", [SEEDS[i : i + 300] for i in SEEDS[::300]], ids=str)
