@@ -21,7 +21,7 @@ _native_backward = torch.ops.aten.native_batch_norm_backward
 
 # Values that aten adds up in float32: beyond, rounding shows in the fifth digit. Of rows one by one, of a plane, and of
 # all planes of half precision, in 16 lanes
-_ROWS, _PLANE, _PLANES = 2**11, 2**12, 2**16
+_ROWS, _PLANE, _PLANES = 2**9, 2**12, 2**16
 # Values that lie in a core's cache twice over in float32
 _BLOCK = 2**18
 
