@@ -1,7 +1,6 @@
 """The doors into a run: one process of a job goes through Hydra, and every rank receives its finished config."""
 
 import json
-import logging
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import stop, sweep, world
+from syncbn.trainer import ranks, stop, sweep, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
@@ -55,6 +54,7 @@ def enter(job: Callable[[], Any]) -> None:
     register()
     sys.argv[1:] = [CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]]
     if not world.under_torchrun():
+        ranks.prepare_early()
         sys.exit(sweep.to_its_end(lambda: in_one_line(job)))
     store = world.meet()
     if world.rank() > 0:
@@ -127,7 +127,7 @@ def objective(folder: RunFolder) -> float:
 def start_ranks_again(config: Config) -> None:
     """Run the config on ranks of this machine, and on new ones when one of them died, as often as it says.
 
-    Not the elastic agent's own restarts: those would do what is asked for wrongly again, and undo a preemption.
+    Not after what another try would not change, nor after a preemption.
     """
     for restart in range(config.launch.max_restarts + 1):
         try:
@@ -143,42 +143,23 @@ def start_ranks_again(config: Config) -> None:
 
 
 def start_ranks(config: Config) -> None:
-    """Run the config on ranks of this machine, each a process, under torch's elastic agent."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+    """Run the config on ranks of this machine."""
     nproc = world.ranks_to_start(config.launch)
     world.set_rank_environment(config.launch, nproc)
-    for name in "", ".agent.server.api":  # a failed rank has spoken itself
-        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    on_cpus = world.choose_device(config.launch).type == "cpu"
     with scratch() as folder:
         handed_over = folder / "config.yaml"
         handed_over.write_text(to_yaml(config))
-        elastic = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=str(config.run.name),
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            signals_to_handle=",".join(number.name for number in signals_to_pass_on()),
-            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        )
-        try:
-            elastic_launch(elastic, sys.executable)("-m", "syncbn.trainer.run", str(handed_over), str(os.getpid()))
-        except ChildFailedError as error:
-            rank, code = to_blame({rank: failure.exitcode for rank, failure in error.failures.items()})
-            reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
-            raise RanksFailed(f"rank {rank} {_end(code)}", code, reason) from None
-        except SignalException as signalled:
-            # The agent has sent it to the ranks and waited for them, but does not tell how they ended
+        ends = ranks.run_ranks(str(handed_over), nproc, signals_to_pass_on(), forked=on_cpus and ranks.CAN_FORK)
+        if ends.signalled is not None:
             told = handed_over.with_name(EXIT_CODE)
-            code = int(told.read_text()) if told.exists() else 128 + signalled.sigval
+            code = int(told.read_text()) if told.exists() else 128 + ends.signalled
             if code != 0:  # else they had come to the end of the run already
-                raise Ended(f"ended by {signalled.sigval.name}", code, said(handed_over, *range(nproc))) from None
+                raise Ended(f"ended by {ends.signalled.name}", code, said(handed_over, *range(nproc)))
+        elif failed := {rank: code for rank, code in ends.exit_codes.items() if code}:
+            rank, code = to_blame(failed)
+            reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
+            raise RanksFailed(f"rank {rank} {_end(code)}", code, reason)
 
 
 def said(handed_over: Path, *ranks: int) -> str:

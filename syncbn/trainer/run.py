@@ -237,11 +237,19 @@ def _written(path: Path, line: str) -> bool:
     return False
 
 
-if __name__ == "__main__":
-    handed_over = Path(sys.argv[1])
+def as_started(handed_over: Path, launcher: int) -> int:
+    """Be the rank that the environment says, of a run whose config was handed over in a file: its exit code.
+
+    launcher: the pid of the process that started this one.
+    """
+    world.show_title(f"syncbn: rank {world.rank()} of {world.size()}, {handed_over}")
     world.set_scratch(handed_over.parent)
-    own = handed_over.with_name(f"{REASON}{world.rank()}")
-    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()), launcher=int(sys.argv[2]), reason=own)
+    reason = handed_over.with_name(f"{REASON}{world.rank()}")
+    exit_code = as_rank(lambda: from_yaml(handed_over.read_text()), launcher, reason)
     if world.rank() == 0:
         handed_over.with_name(EXIT_CODE).write_text(str(exit_code))
-    sys.exit(exit_code)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(as_started(Path(sys.argv[1]), int(sys.argv[2])))

@@ -185,10 +185,6 @@ def set_rank_environment(config: LaunchConfig, local_size: int) -> None:
     """Set what the ranks that this process is about to start should find in their environment."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(local_size)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch 2.15 loses the store in a restart otherwise
-    if choose_device(config).type == "cpu":
-        # glibc then keeps freed activations instead of faulting their pages in anew each step
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 
 
 def set_scratch(folder: Path) -> None:
@@ -246,6 +242,15 @@ def end_with_launcher(launcher: int | None = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if launcher is not None and os.getppid() != launcher:
             sys.exit(FAILED)
+
+
+def show_title(title: str) -> None:
+    """What `ps` shows of this process, as far as its command line had room for it (Linux)."""
+    with suppress(OSError, ValueError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: 48 and 49 of proc(5)
+        text = title.encode()[: end - start - 1]
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def local_size() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,14 @@ class Job:
     @property
     def ranks(self):
         """{rank: pid} of the ranks that run now."""
-        return {int(e["RANK"]): pid for pid in children(self.process.pid) if "RANK" in (e := environment_of(pid))}
+        started = children(self.process.pid)
+        forked = set().union(*(children(pid) for pid in started if is_nursery(pid)))
+        return {rank: pid for pid in started | forked if (rank := rank_of(pid)) is not None}
+
+    @property
+    def nurseries(self):
+        """The processes that ranks are forked from."""
+        return {pid for pid in children(self.process.pid) if is_nursery(pid)}
 
     def until(self, condition, timeout_s=300.0):
         """Wait until the condition holds: its value."""
@@ -131,6 +139,18 @@ def environment_of(pid):
         pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
         return dict(pair.partition("=")[::2] for pair in pairs)
     return {}
+
+
+def is_nursery(pid):
+    return "syncbn.trainer.nursery" in command_of(pid)
+
+
+def rank_of(pid):
+    """By what it shows of itself, or else by the environment that a command was given; None if it is none."""
+    if shown := re.match(r"syncbn: rank (\d+) of", command_of(pid)):
+        return int(shown[1])
+    told = environment_of(pid).get("RANK")
+    return None if told is None else int(told)
 
 
 def command_of(pid):

@@ -1,0 +1,141 @@
+"""The ranks that `python train.py` starts on its machine: a process each, watched until all ended or one failed."""
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+
+from syncbn.trainer.nursery import Nursery
+
+LOOK_EVERY_S = 0.05
+# That ranks have to end by themselves once one has failed, or a signal was passed on to them
+PATIENCE_S = 30.0
+
+
+class Rank(Protocol):
+    """A process, as subprocess.Popen has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+
+
+_nurseries: dict[int, Nursery] = {}
+
+
+CAN_FORK = sys.platform == "linux"
+
+
+def prepare() -> None:
+    """Begin to import what ranks will need, beside whatever else is to be done before they start."""
+    if os.getpid() not in _nurseries:
+        _nurseries[os.getpid()] = Nursery()
+
+
+def prepare_early() -> None:
+    """prepare, where a run is likely to begin soon, and on CPUs."""
+    asks = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version"}
+    if CAN_FORK and not asks & set(sys.argv[1:]) and not os.path.exists("/dev/nvidiactl"):
+        prepare()
+
+
+@atexit.register
+def _close_nursery() -> None:
+    if nursery := _nurseries.pop(os.getpid(), None):
+        nursery.close()
+
+
+class Ends(NamedTuple):
+    """How the ranks ended.
+
+    exit_codes: of each rank; negative for a signal's number.
+    signalled: the first signal that was passed on to them, if any.
+    """
+
+    exit_codes: dict[int, int]
+    signalled: signal.Signals | None
+
+
+def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, forked: bool) -> Ends:
+    """Run the trainer with this argument on nproc ranks, and wait for their ends.
+
+    signals: passed on to the ranks, which then have PATIENCE_S; so have the others when one fails.
+    forked: from a nursery, as ranks on CPUs can be; else each is a command of its own.
+    """
+    # The launcher's, so that it outlives any rank
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if forked:
+        prepare()
+    ranks: list[Rank] = []
+    with _noted(signals) as received:
+        try:
+            for rank in range(nproc):
+                environment = {**os.environ, **_place(rank, nproc, store.port)}
+                ranks.append(_start(argument, environment, forked))
+            while not received and not _over(ranks):
+                time.sleep(LOOK_EVERY_S)
+        finally:
+            _end(ranks, received)
+    codes = {rank: process.poll() for rank, process in enumerate(ranks)}
+    return Ends({rank: code or 0 for rank, code in codes.items()}, received[0] if received else None)
+
+
+def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What torch's launchers tell a rank in its environment."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+    texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return {name: str(number) for name, number in numbers.items()} | texts
+
+
+def _start(argument: str, environment: dict[str, str], forked: bool) -> Rank:
+    if forked:
+        return _nurseries[os.getpid()].start(argument, environment)
+    command = [sys.executable, "-m", "syncbn.trainer.run", argument, str(os.getpid())]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _over(ranks: Sequence[Rank]) -> bool:
+    """Whether all have ended, or one has failed."""
+    codes = [rank.poll() for rank in ranks]
+    return any(codes) or None not in codes
+
+
+def _end(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> None:
+    """Wait for the end of all; those that run are told, and killed in the end."""
+    deadline = time.monotonic() + PATIENCE_S
+    passed_on = 0
+    _signal(ranks, received[0] if received else signal.SIGTERM)
+    while any(rank.poll() is None for rank in ranks):
+        if time.monotonic() > deadline:
+            _signal(ranks, signal.SIGKILL)
+        for number in received[max(1, passed_on) :]:
+            _signal(ranks, number)
+        passed_on = len(received)
+        time.sleep(LOOK_EVERY_S)
+
+
+def _signal(ranks: Sequence[Rank], number: signal.Signals) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            with suppress(ProcessLookupError):
+                # The processes that load its data, too
+                os.killpg(rank.pid, number)
+
+
+@contextmanager
+def _noted(signals: Sequence[signal.Signals]) -> Iterator[list[signal.Signals]]:
+    """The signals of these that come meanwhile."""
+    received: list[signal.Signals] = []
+    former = {each: signal.signal(each, lambda number, _: received.append(signal.Signals(number))) for each in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""Ranks that are forked from a process that has imported torch, and what becomes of all when one of them goes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from syncbn.trainer import nursery
+from tests.launch.jobs import PYTHON, ROOT, command_of, descendants, job, running
+
+SMALL = ["launch.nproc=2", "wandb.mode=disabled", "data.workers=0", "run.name=r", "train.steps=1000000"]
+
+
+def training(root, *more):
+    return job(PYTHON, *SMALL, "checkpoint.every=10", *more, root=root)
+
+
+def until_trains(started):
+    started.until_past(10)
+    return started.ranks, next(iter(started.nurseries))
+
+
+def test_a_nursery_has_one_thread():
+    """A fork has none of the others, and whatever locks they held it holds for ever."""
+    imports = "; ".join(f"import {name}" for name in nursery.IMPORTED)
+    code = f"{imports}; import os; print(len(os.listdir('/proc/self/task')))"
+    environment = {**os.environ, **nursery.ENVIRONMENT}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.stdout == "1\n", told.stderr
+
+
+def test_ranks_are_forked_and_ps_shows_which_they_are(tmp_path):
+    with training(tmp_path / "runs") as started:
+        ranks, parent = until_trains(started)
+        assert sorted(ranks) == [0, 1]
+        for rank, pid in ranks.items():
+            assert command_of(pid).startswith(f"syncbn: rank {rank} of 2, ")
+            assert os.getpgid(pid) == pid
+            assert pid in descendants(parent)
+
+
+@pytest.mark.parametrize("victim", ["launcher", "nursery"])
+def test_no_rank_outlives_what_it_was_forked_from(tmp_path, victim):
+    with training(tmp_path / "runs") as started:
+        _, parent = until_trains(started)
+        everyone = descendants(started.process.pid)
+        os.kill(parent if victim == "nursery" else started.process.pid, signal.SIGKILL)
+        code = started.process.wait(60)
+        assert code == (-signal.SIGKILL if victim == "launcher" else 1), started.said
+        if victim == "nursery":
+            assert "was ended by SIGKILL" in started.said
+        started.seen |= everyone
+        assert not started.left_over()
+
+
+def test_a_signal_to_every_process_at_once_saves_the_run(tmp_path):
+    """As Slurm sends it: to the processes of a job, whichever they are."""
+    with training(tmp_path / "runs") as started:
+        until_trains(started)
+        for pid in {started.process.pid, *descendants(started.process.pid)}:
+            os.kill(pid, signal.SIGTERM)
+        assert started.wait(60) == 75, started.said
+        assert not started.left_over()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_in_its_end_is_killed(tmp_path):
+    with training(tmp_path / "runs") as started:
+        ranks, _ = until_trains(started)
+        os.kill(ranks[1], signal.SIGSTOP)
+        os.kill(ranks[0], signal.SIGKILL)
+        before = time.monotonic()
+        assert started.wait(90) == 1, started.said
+        assert time.monotonic() - before > 25
+        assert "rank 0 was ended by SIGKILL" in started.said
+        assert not started.left_over()
+
+
+@pytest.mark.slow
+def test_the_points_of_a_sweep_are_forked_from_one_nursery(tmp_path):
+    words = ["-m", "seed=0,1", *SMALL[:3], "train.steps=2"]
+    with job(PYTHON, *words, f"hydra.sweep.dir={tmp_path}/sweep", root=tmp_path / "runs") as started:
+        nurseries = set()
+        while started.process.poll() is None:
+            nurseries |= started.nurseries
+            time.sleep(0.02)
+        assert started.process.returncode == 0, started.said
+        assert len(nurseries) == 1
+        assert not [pid for pid in nurseries if running(pid)]
+
+
+def test_a_rank_has_the_environment_and_the_folder_of_its_launcher(tmp_path):
+    code = (
+        "import os; from syncbn.trainer.nursery import Nursery\n"
+        "nursery = Nursery(); os.environ['RANK'] = '7'; os.chdir('..')\n"
+        "rank = nursery.start('no.yaml', dict(os.environ))\n"
+        "while rank.poll() is None: pass\n"
+        "print(rank.poll()); nursery.close()"
+    )
+    (tmp_path / "here").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "here", env=environment, capture_output=True, text=True
+    )
+    assert told.stdout.strip() == "1", told.stderr
+    assert "No such file or directory: 'no.yaml'" in (tmp_path / "reason7").read_text()
