@@ -52,8 +52,11 @@ class Nursery:
     def pid(self) -> int:
         return self._process.pid
 
+    def is_gone(self) -> bool:
+        return self._process.poll() is not None
+
     def start(self, argument: str, environment: dict[str, str]) -> "Fork":
-        """A rank. EOFError if the nursery is gone."""
+        """A rank. EOFError or OSError if the nursery is gone."""
         self._connection.send(Request(argument, environment, os.getcwd()))
         while (pid := self._heard()) is None:
             pass

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from syncbn.trainer.errors import FAILED, RanksFailed
 from syncbn.trainer.nursery import Nursery
 
 LOOK_EVERY_S = 0.05
@@ -27,15 +28,16 @@ class Rank(Protocol):
     def poll(self) -> int | None: ...
 
 
-_nurseries: dict[int, Nursery] = {}
-
-
 CAN_FORK = sys.platform == "linux"
+
+# By the pid of this process, whose forks have none
+_nurseries: dict[int, Nursery] = {}
 
 
 def prepare() -> None:
     """Begin to import what ranks will need, beside whatever else is to be done before they start."""
-    if os.getpid() not in _nurseries:
+    nursery = _nurseries.get(os.getpid())
+    if nursery is None or nursery.is_gone():
         _nurseries[os.getpid()] = Nursery()
 
 
@@ -70,7 +72,7 @@ def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, f
     forked: from a nursery, as ranks on CPUs can be; else each is a command of its own.
     """
     # The launcher's, so that it outlives any rank
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if forked:
         prepare()
     ranks: list[Rank] = []
@@ -96,7 +98,10 @@ def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 def _start(argument: str, environment: dict[str, str], forked: bool) -> Rank:
     if forked:
-        return _nurseries[os.getpid()].start(argument, environment)
+        try:
+            return _nurseries[os.getpid()].start(argument, environment)
+        except (EOFError, OSError):
+            raise RanksFailed("what ranks are forked from has ended: its own error says why", FAILED) from None
     command = [sys.executable, "-m", "syncbn.trainer.run", argument, str(os.getpid())]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 

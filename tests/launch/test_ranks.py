@@ -14,8 +14,8 @@ from tests.launch.jobs import PYTHON, ROOT, command_of, descendants, job, runnin
 SMALL = ["launch.nproc=2", "wandb.mode=disabled", "data.workers=0", "run.name=r", "train.steps=1000000"]
 
 
-def training(root, *more):
-    return job(PYTHON, *SMALL, "checkpoint.every=10", *more, root=root)
+def training(root, *more, **environment):
+    return job(PYTHON, *SMALL, "checkpoint.every=10", *more, root=root, **environment)
 
 
 def until_trains(started):
@@ -54,6 +54,24 @@ def test_no_rank_outlives_what_it_was_forked_from(tmp_path, victim):
             assert "was ended by SIGKILL" in started.said
         started.seen |= everyone
         assert not started.left_over()
+
+
+@pytest.mark.slow
+def test_another_nursery_takes_the_place_of_one_that_was_killed(tmp_path):
+    with training(tmp_path / "runs", "launch.max_restarts=1") as started:
+        _, first = until_trains(started)
+        os.kill(first, signal.SIGKILL)
+        started.until(lambda: started.ranks and started.nurseries - {first})
+        assert "restart 1 of 1" in started.said
+
+
+def test_a_nursery_that_cannot_import_is_told(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('broken by a test')")
+    with training(tmp_path / "runs", PYTHONPATH=f"{tmp_path}:{ROOT}") as started:
+        assert started.process.wait(60) == 1
+    assert "broken by a test" in started.said
+    assert "error: what ranks are forked from has ended" in started.said
 
 
 def test_a_signal_to_every_process_at_once_saves_the_run(tmp_path):
