@@ -1,10 +1,15 @@
-"""Everything the operator says to other ranks, one message each way. Only one_shot.py also knows torch.distributed."""
+"""Everything the operator says to other ranks, one message each way: by the backend, or through memory that they share.
+
+Only one_shot.py also knows torch.distributed.
+"""
 
 import itertools
+import os
 import pickle
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -14,8 +19,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from syncbn import groups, one_shot
+from syncbn import groups, one_shot, shared_memory
 from syncbn.one_shot import Mailboxes
+from syncbn.shared_memory import Mailbox
 
 Group = Literal["world", "node"] | int | Sequence[int] | ProcessGroup | DeviceMesh | Mapping[str, int]
 """Which ranks form one batch.
@@ -25,13 +31,17 @@ Ranks: these; every rank gives the list that it is in. A ProcessGroup, or one di
 its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n samples together, at the first forward.
 """
 
-Reduction = Literal["all_reduce", "gather", "one_shot"]
+Reduction = Literal["auto", "all_reduce", "gather", "one_shot"]
 """How a group adds up its messages.
 
-"all_reduce": by the backend's all_reduce, whose message does not grow with the ranks. "gather": each rank's row reaches
-all and is merged in the order of ranks, the same bits in every run and exact at any |mean| / sqrt(var). "one_shot": as
-"gather", but inside a node each rank reads its peers' rows itself, out of symmetric memory, which takes less time than
-NCCL needs to start; where the ranks are not on different GPUs of one node, and under torch.compile, it is "gather".
+"auto": on CPUs, the ranks of one host read each other's messages out of memory that they share and add them up in the
+order of ranks; of several hosts, the first rank of each adds up with the others by all_reduce. On GPUs, under
+torch.compile, and where no memory can be shared, it is "all_reduce". "all_reduce": by the backend's all_reduce, whose
+message does not grow with the ranks. "gather": each rank's row reaches all and is merged in the order of ranks, the
+same bits in every run and exact at any |mean| / sqrt(var); through shared memory where "auto" would use it, on one
+host. "one_shot": as "gather", but inside a node each rank reads its peers' rows itself, out of symmetric memory, which
+takes less time than NCCL needs to start; where the ranks are not on different GPUs of one node, and under
+torch.compile, it is the backend's all_gather.
 """
 
 Direction = Literal["forward", "backward"]
@@ -39,8 +49,8 @@ Direction = Literal["forward", "backward"]
 
 def checked(reduction: Reduction) -> Reduction:
     """reduction, or ValueError."""
-    if reduction not in ("all_reduce", "gather", "one_shot"):
-        raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce', 'gather' or 'one_shot'")
+    if reduction not in ("auto", "all_reduce", "gather", "one_shot"):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'auto', 'all_reduce', 'gather' or 'one_shot'")
     return reduction
 
 
@@ -112,7 +122,8 @@ def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
         RuntimeError: the process group given was destroyed.
 
     Collective: the first call with a Spec forms its group, so every rank of the world must make it, with a Spec that
-    was not used before, in the same order; not so for a ProcessGroup or DeviceMesh, which are there already.
+    was not used before, in the same order. A ProcessGroup or DeviceMesh is there already: its members alone must make
+    the first call with it, to agree on the memory that they share.
     """
     spec = _specs[key]
     default, process_group = spec.resolved
@@ -123,6 +134,7 @@ def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
             raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
         return None
     process_group = spec.handle() if spec.plain is None else _form(spec, samples)
+    _share_memory(process_group)
     spec.resolved = dist.group.WORLD, process_group if process_group.size() > 1 else None
     return spec.resolved[1]
 
@@ -184,6 +196,76 @@ def _timeout(group: Any) -> timedelta | None:
         return group._get_backend(group._device_types[0]).options._timeout
     except (AttributeError, IndexError, RuntimeError):
         return None
+
+
+class _Memory(NamedTuple):
+    """How a group's messages travel through memory.
+
+    mailbox: of the ranks on this host; None if this rank is alone there.
+    hosts: how many the group is on.
+    leaders: connects the first rank of each of several hosts; None for the others.
+    """
+
+    mailbox: Mailbox | None
+    hosts: int
+    leaders: Any
+
+    def add(self, message: Tensor) -> None:
+        """Make message the sum of all ranks'."""
+        if self.mailbox is not None:
+            self.mailbox.add(message)
+        if self.hosts == 1:
+            return
+        if self.leaders is not None:
+            try:
+                _all_reduce(message, self.leaders)
+            except BaseException:
+                # The neighbours wait for what will not come
+                if self.mailbox is not None:
+                    self.mailbox.close()
+                raise
+        if self.mailbox is not None:
+            self.mailbox.take_first(message)
+
+
+# As long as their group: a new default group, after a restart, makes new ones
+_memories: WeakKeyDictionary[ProcessGroup, _Memory | None] = WeakKeyDictionary()
+
+
+def _share_memory(group: ProcessGroup) -> None:
+    """Agree with the group's other members, where that was not done, on the memory for messages on CPUs."""
+    if group in _memories or group.size() == 1:
+        return
+    _memories[group] = None
+    if not _is_gloo(group):
+        return
+    ranks, rank, timeout = ranks_of(group), dist.get_rank(), _timeout(group) or dist.default_pg_timeout
+    crowd = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    gather = partial(gather_objects, group=group)
+    agreement = shared_memory.agree(ranks, rank, crowd, timeout.total_seconds(), gather)
+    if agreement is None:
+        return
+    leaders = None
+    if rank in agreement.leaders and len(agreement.leaders) > 1:
+        # Not by new_group, in which the whole world would have to take part
+        rendezvous = dist.PrefixStore(f"syncbn/leaders/{agreement.name}", dist.distributed_c10d._get_default_store())
+        place = agreement.leaders.index(rank)
+        leaders = dist.ProcessGroupGloo(rendezvous, place, len(agreement.leaders), timeout)
+    _memories[group] = _Memory(agreement.mailbox, len(agreement.leaders), leaders)
+
+
+def _is_gloo(group: ProcessGroup) -> bool:
+    """Whether the ranks are real and talk over gloo where tensors are on CPUs."""
+    try:
+        return group._get_backend(torch.device("cpu")).name() == "gloo"
+    except RuntimeError:
+        return False
+
+
+def _memory_for(message: Tensor, group: ProcessGroup, reduction: Reduction) -> _Memory | None:
+    if torch.compiler.is_compiling() or reduction not in ("auto", "gather") or message.device.type != "cpu":
+        return None
+    return _memories.get(group)
 
 
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
@@ -251,13 +333,18 @@ class Exchange(NamedTuple):
     """How one layer's moments and gradient sums become those of its group."""
 
     group: ProcessGroup | None
-    reduction: Reduction = "all_reduce"
+    reduction: Reduction = "auto"
     witness: Witness | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each rank is told every rank's message, and not their sum."""
+        return self.reduction in ("gather", "one_shot")
 
 
 def form(exchange: Exchange) -> Literal["message", "row"]:
     """How this rank's moments are to be packed for share_moments."""
-    return "row" if exchange.group is None or exchange.reduction != "all_reduce" else "message"
+    return "row" if exchange.group is None or exchange.gathers else "message"
 
 
 def share_moments(packed: Tensor, exchange: Exchange) -> Tensor:
@@ -270,7 +357,7 @@ def share_sums(sums: Tensor, exchange: Exchange) -> Tensor:
     if exchange.group is None:
         return sums
     shared = _share(sums, exchange, "backward")
-    return shared if exchange.reduction == "all_reduce" else shared.sum(0)
+    return shared.sum(0) if exchange.gathers else shared
 
 
 def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
@@ -280,25 +367,33 @@ def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
 
 
 def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
-    """The sum over ranks of message [n], in its place; with reduction "gather" or "one_shot" each rank's, [W, n]."""
+    """The sum over ranks of message [n], in its place; if exchange gathers, each rank's, [W, n]."""
     group, reduction, witness = exchange
     assert group is not None
-    gathering = reduction != "all_reduce"
     stamp = None if witness is None else witness.stamp(direction, group, message.device)
     if stamp is not None:
         message = torch.cat([message, stamp])
-    if gathering:
+    if exchange.gathers:
         shared = _gather(message, group, reduction)
     else:
-        _all_reduce(message, group)
-        shared = message
+        shared = _add(message, group, reduction)
     stamps = None
     if stamp is not None:
         shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
-        stamps = stamps.sum(0) if gathering else stamps
+        stamps = stamps.sum(0) if exchange.gathers else stamps
     if witness is not None:
         witness.received(direction, stamps, group.size())
     return shared
+
+
+def _add(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tensor:
+    """The sum over ranks of message [n], in its place."""
+    memory = _memory_for(message, group, reduction)
+    if memory is None:
+        _all_reduce(message, group)
+    else:
+        memory.add(message)
+    return message
 
 
 def _in_order() -> Any:
@@ -311,7 +406,7 @@ def _in_order() -> Any:
 _IN_ORDER = _in_order() if dist.is_available() else None
 
 
-def _all_reduce(message: Tensor, group: ProcessGroup) -> None:
+def _all_reduce(message: Tensor, group: Any) -> None:
     """dist.all_reduce less its checks, which cost the host more than the rest of it; for torch.compile, with them."""
     if torch.compiler.is_compiling():
         dist.all_reduce(message, group=group)
@@ -327,6 +422,9 @@ def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tenso
         mailbox = one_shot.mailbox(_current_world().mailboxes, group, message, gather_objects)
         if mailbox is not None:
             return mailbox.gather(message)
+    memory = _memory_for(message, group, reduction)
+    if memory is not None and memory.mailbox is not None and memory.hosts == 1:
+        return memory.mailbox.gather(message)
     rows = message.new_empty(group.size() * message.numel())
     dist.all_gather_into_tensor(rows, message, group=group)
     return rows.view(group.size(), -1)
