@@ -234,7 +234,8 @@ _memories: WeakKeyDictionary[ProcessGroup, _Memory | None] = WeakKeyDictionary()
 
 def _share_memory(group: ProcessGroup) -> None:
     """Agree with the group's other members, where that was not done, on the memory for messages on CPUs."""
-    if group in _memories or group.size() == 1:
+    # While torch.compile traces, a process group may be a stand-in; then the first message agrees
+    if not issubclass(type(group), ProcessGroup) or group in _memories or group.size() == 1:
         return
     _memories[group] = None
     if not _is_gloo(group):
@@ -263,9 +264,11 @@ def _is_gloo(group: ProcessGroup) -> bool:
 
 
 def _memory_for(message: Tensor, group: ProcessGroup, reduction: Reduction) -> _Memory | None:
-    if torch.compiler.is_compiling() or reduction not in ("auto", "gather") or message.device.type != "cpu":
-        return None
-    return _memories.get(group)
+    return _memories.get(group) if _may_share_memory(message, reduction) else None
+
+
+def _may_share_memory(message: Tensor, reduction: Reduction) -> bool:
+    return reduction in ("auto", "gather") and message.device.type == "cpu"
 
 
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
@@ -373,10 +376,7 @@ def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
     stamp = None if witness is None else witness.stamp(direction, group, message.device)
     if stamp is not None:
         message = torch.cat([message, stamp])
-    if exchange.gathers:
-        shared = _gather(message, group, reduction)
-    else:
-        shared = _add(message, group, reduction)
+    shared = _gather(message, group, reduction) if exchange.gathers else _add(message, group, reduction)
     stamps = None
     if stamp is not None:
         shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
@@ -387,7 +387,9 @@ def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
 
 
 def _add(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tensor:
-    """The sum over ranks of message [n], in its place."""
+    """The sum over ranks of message [n], in its place; compiled, perhaps not in its place."""
+    if torch.compiler.is_compiling() and _may_share_memory(message, reduction):
+        return torch.ops.syncbn.add(message, group.group_name)
     memory = _memory_for(message, group, reduction)
     if memory is None:
         _all_reduce(message, group)
@@ -422,6 +424,8 @@ def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tenso
         mailbox = one_shot.mailbox(_current_world().mailboxes, group, message, gather_objects)
         if mailbox is not None:
             return mailbox.gather(message)
+    if torch.compiler.is_compiling() and _may_share_memory(message, reduction):
+        return torch.ops.syncbn.gather(message, group.group_name, group.size())
     memory = _memory_for(message, group, reduction)
     if memory is not None and memory.mailbox is not None and memory.hosts == 1:
         return memory.mailbox.gather(message)
@@ -432,6 +436,38 @@ def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tenso
 
 def _on_gpu(message: Tensor) -> bool:
     return message.is_cuda
+
+
+def _named(name: Any) -> ProcessGroup:
+    group = dist.distributed_c10d._resolve_process_group(name)
+    _share_memory(group)
+    return group
+
+
+def _add_compiled(message: Tensor, group: str) -> Tensor:
+    return _add(message.clone(), _named(group), "auto")
+
+
+def _gather_compiled(message: Tensor, group: str, ranks: int) -> Tensor:
+    return _gather(message, _named(group), "gather")
+
+
+# A compiled message goes where it goes from a rank that does not compile: a recompilation too many makes one of those
+_operators = torch.library.Library("syncbn", "DEF")
+for schema, in_run, in_trace in (
+    ("add(Tensor message, str group) -> Tensor", _add_compiled, lambda message, group: torch.empty_like(message)),
+    (
+        "gather(Tensor message, str group, int ranks) -> Tensor",
+        _gather_compiled,
+        lambda message, group, ranks: message.new_empty(ranks, message.numel()),
+    ),
+):
+    _operators.define(schema)
+    operator = schema.partition("(")[0]
+    _operators.impl(operator, in_run, "CPU")
+    torch.library.register_fake(f"syncbn::{operator}", in_trace, lib=_operators)
+    # Peers wait for it, even if nobody here wants what it returns
+    torch.fx.node.has_side_effect(getattr(torch.ops.syncbn, operator).default)
 
 
 class Summed(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """Which ranks of a group share memory: all agree before the first message, or none uses it."""
 
 import os
-import secrets
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,7 +85,7 @@ def _offer(ranks: int) -> tuple[int | None, Offer]:
         file = os.memfd_create("syncbn")
         try:
             os.truncate(file, mailbox.size_bytes(ranks))
-            nonce = secrets.token_bytes(NONCE_BYTES)
+            nonce = os.urandom(NONCE_BYTES)
             os.pwrite(file, nonce, 0)
             cores = frozenset(os.sched_getaffinity(0))
             return file, Offer(_host(), cores, f"/proc/{os.getpid()}/fd/{file}", nonce)
