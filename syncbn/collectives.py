@@ -7,7 +7,7 @@ import itertools
 import os
 import pickle
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.node import has_side_effect
 
 from syncbn import groups, one_shot, shared_memory
 from syncbn.one_shot import Mailboxes
@@ -249,9 +250,9 @@ def _share_memory(group: ProcessGroup) -> None:
     leaders = None
     if rank in agreement.leaders and len(agreement.leaders) > 1:
         # Not by new_group, in which the whole world would have to take part
-        rendezvous = dist.PrefixStore(f"syncbn/leaders/{agreement.name}", dist.distributed_c10d._get_default_store())
-        place = agreement.leaders.index(rank)
-        leaders = dist.ProcessGroupGloo(rendezvous, place, len(agreement.leaders), timeout)
+        everyones = dist.distributed_c10d._get_default_store()
+        theirs = PrefixStore(f"syncbn/leaders/{agreement.name}", everyones)
+        leaders = dist.ProcessGroupGloo(theirs, agreement.leaders.index(rank), len(agreement.leaders), timeout)
     _memories[group] = _Memory(agreement.mailbox, len(agreement.leaders), leaders)
 
 
@@ -438,36 +439,38 @@ def _on_gpu(message: Tensor) -> bool:
     return message.is_cuda
 
 
-def _named(name: Any) -> ProcessGroup:
-    group = dist.distributed_c10d._resolve_process_group(name)
+def _by_name(name: Any) -> ProcessGroup:
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
     _share_memory(group)
     return group
 
 
 def _add_compiled(message: Tensor, group: str) -> Tensor:
-    return _add(message.clone(), _named(group), "auto")
+    return _add(message.clone(), _by_name(group), "auto")
 
 
 def _gather_compiled(message: Tensor, group: str, ranks: int) -> Tensor:
-    return _gather(message, _named(group), "gather")
+    return _gather(message, _by_name(group), "gather")
 
 
 # A compiled message goes where it goes from a rank that does not compile: a recompilation too many makes one of those
 _operators = torch.library.Library("syncbn", "DEF")
-for schema, in_run, in_trace in (
-    ("add(Tensor message, str group) -> Tensor", _add_compiled, lambda message, group: torch.empty_like(message)),
-    (
-        "gather(Tensor message, str group, int ranks) -> Tensor",
-        _gather_compiled,
-        lambda message, group, ranks: message.new_empty(ranks, message.numel()),
-    ),
-):
-    _operators.define(schema)
-    operator = schema.partition("(")[0]
-    _operators.impl(operator, in_run, "CPU")
-    torch.library.register_fake(f"syncbn::{operator}", in_trace, lib=_operators)
+
+
+def _define(schema: str, in_run: Callable[..., Tensor], in_trace: Callable[..., Tensor]) -> None:
+    name = _operators.define(schema)
+    _operators.impl(name, in_run, "CPU")
+    torch.library.register_fake(f"syncbn::{name}", in_trace, lib=_operators)
     # Peers wait for it, even if nobody here wants what it returns
-    torch.fx.node.has_side_effect(getattr(torch.ops.syncbn, operator).default)
+    has_side_effect(getattr(torch.ops.syncbn, name).default)
+
+
+_define("add(Tensor message, str group) -> Tensor", _add_compiled, lambda message, group: torch.empty_like(message))
+_define(
+    "gather(Tensor message, str group, int ranks) -> Tensor",
+    _gather_compiled,
+    lambda message, group, ranks: message.new_empty(ranks, message.numel()),
+)
 
 
 class Summed(torch.autograd.Function):

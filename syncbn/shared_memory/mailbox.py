@@ -82,6 +82,8 @@ class Mailbox:
         self._ranks, self._timeout_s = ranks, timeout_s
         self._share = _library.mailbox_share
         self._finalizer = weakref.finalize(self, _library.mailbox_close, self._box)
+        # A thread may still wait in it, and the process's end closes it as well
+        self._finalizer.atexit = False
         _open.add(self)
 
     def add(self, row: Tensor) -> None:
