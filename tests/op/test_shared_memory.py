@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 from syncbn import collectives, shared_memory
 from syncbn.shared_memory import agreement
+from tests.launch.hosts import needs_namespaces, two_hosts
 from tests.messages import LEADERS, recorded
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
@@ -491,26 +492,37 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize("name", ["a", "ab"], ids=["equal-names", "names"])
-def test_containers_are_hosts_of_their_own_whatever_they_are_called(tmp_path, name):
-    """Two PID namespaces on one machine, with two ranks each; they share a network, as gloo needs one."""
-    if subprocess.run(["unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"], check=False).returncode:
-        pytest.skip("this user may not make namespaces")
-    script = 'hostname $1; shift; for rank in $1 $2; do python=$3; $3 -c "$4" $5 $rank 4 & done; wait'
-    container = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", script, "sh"]
-    containers = [
+def said_on(hosts, store, interface):
+    """What two ranks on each host say; hosts: what makes a command run there."""
+    both = 'for rank in $1 $2; do "$3" -c "$4" "$5" $rank 4 & done; wait'
+    environment = {"PYTHONPATH": os.getcwd(), "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+    shells = [
         subprocess.Popen(
-            [*container, name[-n], str(2 * n), str(2 * n + 1), sys.executable, IN_A_CONTAINER, str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": os.getcwd(), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            [*host, "sh", "-c", both, "sh", str(2 * n), str(2 * n + 1), sys.executable, IN_A_CONTAINER, str(store)],
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for n in range(2)
+        for n, host in enumerate(hosts)
     ]
-    said = [container.communicate(timeout=120)[0].splitlines() for container in containers]
-    for lines in said:
-        assert sorted(lines) == ["0.30000000000000004 (2, True, False)", "0.30000000000000004 (2, True, True)"]
+    return [sorted(shell.communicate(timeout=120)[0].splitlines()) for shell in shells]
+
+
+ON_EACH_HOST = ["0.30000000000000004 (2, True, False)", "0.30000000000000004 (2, True, True)"]
+
+
+def test_containers_of_one_name_on_one_machine_are_hosts_of_their_own(tmp_path):
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*container, "true"], check=False).returncode:
+        pytest.skip("this user may not make namespaces")
+    assert said_on([container] * 2, tmp_path / "store", "lo") == [ON_EACH_HOST] * 2
+
+
+@needs_namespaces
+def test_hosts_with_a_cable_between_them_add_up_through_memory_and_over_it(tmp_path):
+    with two_hosts() as hosts:
+        assert said_on([hosts.on(0), hosts.on(1)], tmp_path / "store", "eth0") == [ON_EACH_HOST] * 2
 
 
 # ---- deaths
