@@ -39,6 +39,22 @@ def test_where_there_is_a_compiler_the_library_is_built():
     assert shared_memory.available() or shutil.which("cc") is None
 
 
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers_find_no_race_and_no_byte_out_of_place(tmp_path, sanitizer):
+    """x86 keeps the order of stores whatever they ask for; the sanitizer goes by what they ask for."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("no compiler")
+    source, program = Path(__file__).with_name("mailbox_threads.c"), tmp_path / "threads"
+    flags = ["-std=gnu11", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    if subprocess.run([compiler, *flags, "-o", program, source], capture_output=True, check=False).returncode:
+        subprocess.run([compiler, "-std=gnu11", "-pthread", "-o", program, source], check=True)
+        pytest.skip("this compiler has no such sanitizer")
+    ran = subprocess.run([program], capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in ran.stderr:
+        pytest.skip("this kernel lays memory out as the sanitizer does not expect")
+    assert (ran.returncode, ran.stdout) == (0, "0 wrong\n"), ran.stderr
+
+
 def fresh_group():
     """All ranks, who have agreed on nothing yet."""
     return dist.new_group(range(dist.get_world_size()))
