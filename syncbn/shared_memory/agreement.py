@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from syncbn.shared_memory import mailbox
 from syncbn.shared_memory.mailbox import NONCE_BYTES, Mailbox
 
-# A core that sleeps takes about as long to wake up
-SPIN_NS = 50_000
+# As long as it takes to wake a core that sleeps, about
+SPIN_NS = 20_000
 
 
 class Offer(NamedTuple):

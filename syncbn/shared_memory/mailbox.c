@@ -31,6 +31,7 @@ enum { COMPLETE, WAITING, LENGTHS_DIFFER, CLOSED };  // what a call returns
 enum { COMING, ARRIVED, GONE };                      // what a rank is about the message that is waited for
 
 static const long SLICE_NS = 50 * 1000 * 1000;
+static const uint32_t SPIN_AGAIN_AFTER = 16;  // messages
 const size_t mailbox_capacity = CAPACITY;
 
 struct card {
@@ -49,6 +50,7 @@ struct mailbox {
     double *slots;
     size_t size;
     uint32_t rank, ranks, sequence;
+    uint32_t spin_from;  // the message from which on it is tried again
     long spin_ns;
     int file;
 };
@@ -138,16 +140,26 @@ static void pause_briefly(void) {
 #endif
 }
 
+/* Wait for a moment without sleeping. Where that was no use it is left alone for some messages: a peer that shares this
+   rank's core cannot come meanwhile. */
+static bool spin_for_all(struct mailbox *box, const struct timespec *start) {
+    uint32_t seen;
+    if ((int32_t)(box->sequence - box->spin_from) < 0) return false;
+    while (since_ns(start) < box->spin_ns) {
+        pause_briefly();
+        if (complete(box, &seen)) return true;
+    }
+    box->spin_from = box->sequence + SPIN_AGAIN_AFTER;
+    return false;
+}
+
 /* Wait until all have arrived, but not longer than a slice, nor past a signal. */
-static bool wait_for_all(const struct mailbox *box) {
+static bool wait_for_all(struct mailbox *box) {
     uint32_t seen;
     if (complete(box, &seen)) return true;
     struct timespec start;
     clock_gettime(CLOCK_MONOTONIC, &start);
-    while (since_ns(&start) < box->spin_ns) {
-        pause_briefly();
-        if (complete(box, &seen)) return true;
-    }
+    if (spin_for_all(box, &start) || complete(box, &seen)) return true;
     for (long left = SLICE_NS; left > 0; left = SLICE_NS - since_ns(&start)) {
         struct timespec timeout = {.tv_nsec = left};
         bool signalled = futex(&box->shared->arrivals, FUTEX_WAIT, seen, &timeout) < 0 && errno == EINTR;
