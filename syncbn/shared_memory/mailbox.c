@@ -50,6 +50,7 @@ struct mailbox {
     double *slots;
     size_t size;
     uint32_t rank, ranks, sequence;
+    uint32_t read;       // the last message that was complete; behind sequence if an error came between
     uint32_t spin_from;  // the message from which on it is tried again
     long spin_ns;
     int file;
@@ -169,7 +170,8 @@ static bool wait_for_all(struct mailbox *box) {
     return false;
 }
 
-static int read_rows(const struct mailbox *box, size_t n, double *out, int what) {
+static int read_rows(struct mailbox *box, size_t n, double *out, int what) {
+    box->read = box->sequence;
     for (uint32_t rank = 0; rank < box->ranks; rank++)
         if (box->shared->cards[rank].lengths[box->sequence % 2] != n) return LENGTHS_DIFFER;
     memcpy(out, slot(box, 0), n * sizeof(double));
@@ -193,7 +195,7 @@ int mailbox_finish(struct mailbox *box, size_t n, double *out, int what) {
    all rows. Rows are added up in the order of ranks. out may be row, unless it is for all rows; row is NULL where
    nobody reads it. */
 int mailbox_share(struct mailbox *box, const double *row, size_t n, double *out, int what) {
-    if (!box) return CLOSED;
+    if (!box || box->read != box->sequence) return CLOSED;
     arrive(box, row, n);
     return mailbox_finish(box, n, out, what);
 }

@@ -149,6 +149,8 @@ class Mailbox:
 
 def _pieces(row: Tensor) -> Sequence[Tensor]:
     """row in as many pieces as it takes slots."""
+    assert row.dtype == torch.float64
+    assert row.is_contiguous()
     return (row,) if row.numel() <= _CAPACITY else row.split(_CAPACITY)
 
 
