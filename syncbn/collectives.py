@@ -1,21 +1,28 @@
-"""Everything the operator says to other ranks, one message each way. Only one_shot.py also knows torch.distributed."""
+"""Everything the operator says to other ranks, one message each way: by the backend, or through memory that they share.
+
+Only one_shot.py also knows torch.distributed.
+"""
 
 import itertools
+import os
 import pickle
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.node import has_side_effect
 
-from syncbn import groups, one_shot
+from syncbn import groups, one_shot, shared_memory
 from syncbn.one_shot import Mailboxes
+from syncbn.shared_memory import Mailbox
 
 Group = Literal["world", "node"] | int | Sequence[int] | ProcessGroup | DeviceMesh | Mapping[str, int]
 """Which ranks form one batch.
@@ -25,13 +32,17 @@ Ranks: these; every rank gives the list that it is in. A ProcessGroup, or one di
 its ranks. {"samples": n}: the fewest consecutive ranks whose batches hold n samples together, at the first forward.
 """
 
-Reduction = Literal["all_reduce", "gather", "one_shot"]
+Reduction = Literal["auto", "all_reduce", "gather", "one_shot"]
 """How a group adds up its messages.
 
-"all_reduce": by the backend's all_reduce, whose message does not grow with the ranks. "gather": each rank's row reaches
-all and is merged in the order of ranks, the same bits in every run and exact at any |mean| / sqrt(var). "one_shot": as
-"gather", but inside a node each rank reads its peers' rows itself, out of symmetric memory, which takes less time than
-NCCL needs to start; where the ranks are not on different GPUs of one node, and under torch.compile, it is "gather".
+"auto": on CPUs, the ranks of one host read each other's messages out of memory that they share and add them up in the
+order of ranks; of several hosts, the first rank of each adds up with the others by all_reduce. On GPUs, under
+torch.compile, and where no memory can be shared, it is "all_reduce". "all_reduce": by the backend's all_reduce, whose
+message does not grow with the ranks. "gather": each rank's row reaches all and is merged in the order of ranks, the
+same bits in every run and exact at any |mean| / sqrt(var); through shared memory where "auto" would use it, on one
+host. "one_shot": as "gather", but inside a node each rank reads its peers' rows itself, out of symmetric memory, which
+takes less time than NCCL needs to start; where the ranks are not on different GPUs of one node, and under
+torch.compile, it is the backend's all_gather.
 """
 
 Direction = Literal["forward", "backward"]
@@ -41,8 +52,8 @@ _torch: Any = torch
 
 def checked(reduction: Reduction) -> Reduction:
     """reduction, or ValueError."""
-    if reduction not in ("all_reduce", "gather", "one_shot"):
-        raise ValueError(f"reduction is {reduction!r}: it must be 'all_reduce', 'gather' or 'one_shot'")
+    if reduction not in ("auto", "all_reduce", "gather", "one_shot"):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'auto', 'all_reduce', 'gather' or 'one_shot'")
     return reduction
 
 
@@ -114,7 +125,8 @@ def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
         RuntimeError: the process group given was destroyed.
 
     Collective: the first call with a Spec forms its group, so every rank of the world must make it, with a Spec that
-    was not used before, in the same order; not so for a ProcessGroup or DeviceMesh, which are there already.
+    was not used before, in the same order. A ProcessGroup or DeviceMesh is there already: its members alone must make
+    the first call with it, to agree on the memory that they share.
     """
     spec = _specs[key]
     default, process_group = spec.resolved
@@ -125,6 +137,7 @@ def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
             raise RuntimeError("the process group of this layer was destroyed: give it a new one, or revert the model")
         return None
     process_group = spec.handle() if spec.plain is None else _form(spec, samples)
+    _share_memory(process_group)
     spec.resolved = dist.group.WORLD, process_group if process_group.size() > 1 else None
     return spec.resolved[1]
 
@@ -186,6 +199,79 @@ def _timeout(group: Any) -> timedelta | None:
         return group._get_backend(group._device_types[0]).options._timeout
     except (AttributeError, IndexError, RuntimeError):
         return None
+
+
+class _Memory(NamedTuple):
+    """How a group's messages travel through memory.
+
+    mailbox: of the ranks on this host; None if this rank is alone there.
+    hosts: how many the group is on.
+    leaders: connects the first rank of each of several hosts; None for the others.
+    """
+
+    mailbox: Mailbox | None
+    hosts: int
+    leaders: Any
+
+    def add(self, message: Tensor) -> None:
+        """Make message the sum of all ranks'."""
+        if self.mailbox is not None:
+            self.mailbox.add(message)
+        if self.hosts == 1:
+            return
+        if self.leaders is not None:
+            try:
+                _all_reduce(message, self.leaders)
+            except BaseException:
+                # The neighbours wait for what will not come
+                if self.mailbox is not None:
+                    self.mailbox.close()
+                raise
+        if self.mailbox is not None:
+            self.mailbox.take_first(message)
+
+
+# As long as their group: a new default group, after a restart, makes new ones
+_memories: WeakKeyDictionary[ProcessGroup, _Memory | None] = WeakKeyDictionary()
+
+
+def _share_memory(group: ProcessGroup) -> None:
+    """Agree with the group's other members, where that was not done, on the memory for messages on CPUs."""
+    # While torch.compile traces, a process group may be a stand-in; then the first message agrees
+    if not issubclass(type(group), ProcessGroup) or group in _memories or group.size() == 1:
+        return
+    _memories[group] = None
+    if not _is_gloo(group):
+        return
+    ranks, rank, timeout = ranks_of(group), dist.get_rank(), _timeout(group) or dist.default_pg_timeout
+    crowd = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    gather = partial(gather_objects, group=group)
+    agreement = shared_memory.agree(ranks, rank, crowd, timeout.total_seconds(), gather)
+    if agreement is None:
+        return
+    leaders = None
+    if rank in agreement.leaders and len(agreement.leaders) > 1:
+        # Not by new_group, in which the whole world would have to take part
+        everyones = dist.distributed_c10d._get_default_store()
+        theirs = PrefixStore(f"syncbn/leaders/{agreement.name}", everyones)
+        leaders = dist.ProcessGroupGloo(theirs, agreement.leaders.index(rank), len(agreement.leaders), timeout)
+    _memories[group] = _Memory(agreement.mailbox, len(agreement.leaders), leaders)
+
+
+def _is_gloo(group: ProcessGroup) -> bool:
+    """Whether the ranks are real and talk over gloo where tensors are on CPUs."""
+    try:
+        return group._get_backend(torch.device("cpu")).name() == "gloo"
+    except RuntimeError:
+        return False
+
+
+def _memory_for(message: Tensor, group: ProcessGroup, reduction: Reduction) -> _Memory | None:
+    return _memories.get(group) if _may_share_memory(message, reduction) else None
+
+
+def _may_share_memory(message: Tensor, reduction: Reduction) -> bool:
+    return reduction in ("auto", "gather") and message.device.type == "cpu"
 
 
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
@@ -253,13 +339,18 @@ class Exchange(NamedTuple):
     """How one layer's moments and gradient sums become those of its group."""
 
     group: ProcessGroup | None
-    reduction: Reduction = "all_reduce"
+    reduction: Reduction = "auto"
     witness: Witness | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each rank is told every rank's message, and not their sum."""
+        return self.reduction in ("gather", "one_shot")
 
 
 def form(exchange: Exchange) -> Literal["message", "row"]:
     """How this rank's moments are to be packed for share_moments."""
-    return "row" if exchange.group is None or exchange.reduction != "all_reduce" else "message"
+    return "row" if exchange.group is None or exchange.gathers else "message"
 
 
 def share_moments(packed: Tensor, exchange: Exchange) -> Tensor:
@@ -272,7 +363,7 @@ def share_sums(sums: Tensor, exchange: Exchange) -> Tensor:
     if exchange.group is None:
         return sums
     shared = _share(sums, exchange, "backward")
-    return shared if exchange.reduction == "all_reduce" else shared.sum(0)
+    return shared.sum(0) if exchange.gathers else shared
 
 
 def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
@@ -282,25 +373,32 @@ def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
 
 
 def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:
-    """The sum over ranks of message [n], in its place; with reduction "gather" or "one_shot" each rank's, [W, n]."""
+    """The sum over ranks of message [n], in its place; if exchange gathers, each rank's, [W, n]."""
     group, reduction, witness = exchange
     assert group is not None
-    gathering = reduction != "all_reduce"
     stamp = None if witness is None else witness.stamp(direction, group, message.device)
     if stamp is not None:
         message = torch.cat([message, stamp])
-    if gathering:
-        shared = _gather(message, group, reduction)
-    else:
-        _all_reduce(message, group)
-        shared = message
+    shared = _gather(message, group, reduction) if exchange.gathers else _add(message, group, reduction)
     stamps = None
     if stamp is not None:
         shared, stamps = shared.split([message.numel() - 2, 2], dim=-1)
-        stamps = stamps.sum(0) if gathering else stamps
+        stamps = stamps.sum(0) if exchange.gathers else stamps
     if witness is not None:
         witness.received(direction, stamps, group.size())
     return shared
+
+
+def _add(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tensor:
+    """The sum over ranks of message [n], in its place; compiled, perhaps not in its place."""
+    if torch.compiler.is_compiling() and _may_share_memory(message, reduction):
+        return torch.ops.syncbn.add(message, group.group_name)
+    memory = _memory_for(message, group, reduction)
+    if memory is None:
+        _all_reduce(message, group)
+    else:
+        memory.add(message)
+    return message
 
 
 def _in_order() -> Any:
@@ -313,7 +411,7 @@ def _in_order() -> Any:
 _IN_ORDER = _in_order() if dist.is_available() else None
 
 
-def _all_reduce(message: Tensor, group: ProcessGroup) -> None:
+def _all_reduce(message: Tensor, group: Any) -> None:
     """dist.all_reduce less its checks, which cost the host more than the rest of it; for torch.compile, with them."""
     if torch.compiler.is_compiling():
         dist.all_reduce(message, group=group)
@@ -329,6 +427,11 @@ def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tenso
         mailbox = one_shot.mailbox(_current_world().mailboxes, group, message, gather_objects)
         if mailbox is not None:
             return mailbox.gather(message)
+    if torch.compiler.is_compiling() and _may_share_memory(message, reduction):
+        return torch.ops.syncbn.gather(message, group.group_name, group.size())
+    memory = _memory_for(message, group, reduction)
+    if memory is not None and memory.mailbox is not None and memory.hosts == 1:
+        return memory.mailbox.gather(message)
     rows = message.new_empty(group.size() * message.numel())
     dist.all_gather_into_tensor(rows, message, group=group)
     return rows.view(group.size(), -1)
@@ -336,6 +439,40 @@ def _gather(message: Tensor, group: ProcessGroup, reduction: Reduction) -> Tenso
 
 def _on_gpu(message: Tensor) -> bool:
     return message.is_cuda
+
+
+def _by_name(name: Any) -> ProcessGroup:
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
+    _share_memory(group)
+    return group
+
+
+def _add_compiled(message: Tensor, group: str) -> Tensor:
+    return _add(message.clone(), _by_name(group), "auto")
+
+
+def _gather_compiled(message: Tensor, group: str, ranks: int) -> Tensor:
+    return _gather(message, _by_name(group), "gather")
+
+
+# A compiled message goes where it goes from a rank that does not compile: a recompilation too many makes one of those
+_operators = torch.library.Library("syncbn", "DEF")
+
+
+def _define(schema: str, in_run: Callable[..., Tensor], in_trace: Callable[..., Tensor]) -> None:
+    name = _operators.define(schema)
+    _operators.impl(name, in_run, "CPU")
+    torch.library.register_fake(f"syncbn::{name}", in_trace, lib=_operators)
+    # Peers wait for it, even if nobody here wants what it returns
+    has_side_effect(getattr(torch.ops.syncbn, name).default)
+
+
+_define("add(Tensor message, str group) -> Tensor", _add_compiled, lambda message, group: torch.empty_like(message))
+_define(
+    "gather(Tensor message, str group, int ranks) -> Tensor",
+    _gather_compiled,
+    lambda message, group, ranks: message.new_empty(ranks, message.numel()),
+)
 
 
 def summed(message: Tensor, group: ProcessGroup) -> Tensor:

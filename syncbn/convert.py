@@ -54,7 +54,7 @@ def convert(
     model: Model,
     *,
     group: Group = "world",
-    reduction: Reduction = "all_reduce",
+    reduction: Reduction = "auto",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     fuse: bool = False,
@@ -83,7 +83,7 @@ def convert(
         model: any module; a batch norm layer itself converts too.
         group: the ranks that form one batch: see `syncbn.Group`. An nn.SyncBatchNorm with a process_group of its own
             keeps that, if group is "world".
-        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
+        reduction: "auto", "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         include: a glob pattern or several, of names as in model.named_modules(), say "backbone.*"; None for all.
         exclude: the same, of layers not to convert. Any name of a shared layer includes it, and any excludes it.
         fuse: let the layers, those that were SyncBatchNorm before among them, do ReLU and addition where that is safe.

@@ -37,7 +37,7 @@ def sync_batch_norm(
     *,
     eps: float = 1e-5,
     group: Group = "world",
-    reduction: Reduction = "all_reduce",
+    reduction: Reduction = "auto",
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Activation = None,
@@ -55,7 +55,7 @@ def sync_batch_norm(
         bias: [C], or None for 0.
         eps: added to the variance.
         group: the ranks that form the batch: see `syncbn.Group`.
-        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
+        reduction: "auto", "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         mask: [N] or [N, 1, *S] bool, the elements that count in mean and var, or None for all. The others are
             normalised by them all the same, so they must be finite.
         residual: [N, C, *S], added to what is normalised, or None; a rank may have one where another has none.

@@ -38,7 +38,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: bool = True,
         activation: Activation = None,
         group: Group = "world",
-        reduction: Reduction = "all_reduce",
+        reduction: Reduction = "auto",
         device: Any = None,
         dtype: Any = None,
     ):

@@ -51,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
         activation: "relu" or None. On a GPU it is a part of the layer's own passes, and so is the sum with a residual.
         group: the ranks that form one batch: see `syncbn.Group`. It may be set anew at any time. A process group is
             shared by deep copies and pickled as its ranks.
-        reduction: "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
+        reduction: "auto", "all_reduce", "gather" or "one_shot": see `syncbn.Reduction`.
         device, dtype: of parameters and buffers; running buffers are never in half precision, whatever the dtype.
 
     Collective: in training, one message of 2C + 1 float64 forward, one of 2C backward; every rank of the group must
@@ -63,7 +63,7 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     activation: Activation = None
-    reduction: Reduction = "all_reduce"
+    reduction: Reduction = "auto"
     witness: Witness | None = None
     observer: Observer | None = None
 
@@ -78,7 +78,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: Activation = None,
         group: Group = "world",
-        reduction: Reduction = "all_reduce",
+        reduction: Reduction = "auto",
         device: Any = None,
         dtype: Any = None,
     ):
@@ -93,7 +93,7 @@ class SyncBatchNorm(_BatchNorm):
         if "forward" in vars(cls):
             cls.forward = _leaf(cls.forward)
 
-    def synchronise(self, group: Group | Spec, reduction: Reduction = "all_reduce") -> None:
+    def synchronise(self, group: Group | Spec, reduction: Reduction = "auto") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
         self.reduction = collectives.checked(reduction)
         self.group = group
@@ -262,7 +262,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation!r}"
-        reduction = "" if self.reduction == "all_reduce" else f", reduction={self.reduction!r}"
+        reduction = "" if self.reduction == "auto" else f", reduction={self.reduction!r}"
         return f"{super().extra_repr()}{activation}, group={vars(self)['_spec']!r}{reduction}"
 
 

@@ -1,32 +1,45 @@
-"""What a process hands to its process groups, whoever asks for it."""
+"""What a process hands to its process groups, or leaves in memory that their ranks share, whoever asks for it."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+
+from syncbn.shared_memory import Mailbox
 
 # Of each collective, where the tensor stands that is sent
 SENT = {"allreduce": 0, "broadcast": 0, "allgather": 1, "_allgather_base": 1, "all_gather_single": 1}
 NAMES = {"allreduce": "all_reduce", "_allgather_base": "all_gather", "all_gather_single": "all_gather"}
+THROUGH_MEMORY = {"add": "all_reduce", "gather": "all_gather"}
+LEADERS = "all_reduce of leaders"
 
 
 @contextmanager
 def recorded():
-    """A list of every collective within, in order: its name, the number of elements that a rank sends, their dtype."""
+    """A list of every collective within, in order: its name, the number of elements that a rank sends, their dtype.
+
+    Among the first ranks of several hosts, all_reduce has a name of its own.
+    """
     found = []
 
-    def recording(name, real):
+    def recording(name, place, real):
         def collective(group, *arguments, **options):
-            tensor = arguments[SENT[name]]
+            tensor = arguments[place]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            found.append((NAMES.get(name, name), tensor.numel(), tensor.dtype))
+            found.append((name, tensor.numel(), tensor.dtype))
             return real(group, *arguments, **options)
 
         return collective
 
     # The last has come with torch 2.15
-    names = [name for name in SENT if hasattr(ProcessGroup, name)]
-    patches = [patch.object(ProcessGroup, name, recording(name, getattr(ProcessGroup, name))) for name in names]
+    watched = [(ProcessGroup, name, NAMES.get(name, name), at) for name, at in SENT.items()]
+    watched += [(Mailbox, name, told, 0) for name, told in THROUGH_MEMORY.items()]
+    watched += [(ProcessGroupGloo, "allreduce", LEADERS, 0)]
+    patches = [
+        patch.object(owner, name, recording(told, at, getattr(owner, name)))
+        for owner, name, told, at in watched
+        if hasattr(owner, name)
+    ]
     for one in patches:
         one.start()
     try:

@@ -26,7 +26,7 @@ class DesyncMonitor:
     Every message carries the number f of its layer and direction as [f, f²]. Of W ranks that sum to [s1, s2], all ran
     the layer that this one ran if and only if s2 - 2 f s1 + W f² = Σ(f_i - f)² is 0: exact in float64, added up on the
     device, and read by `check`. Layers of different C make messages of different lengths, and no monitor survives that:
-    gloo ends a process, NCCL hangs, which the watchdog tells, or goes on.
+    gloo ends a process, NCCL hangs, which the watchdog tells, or goes on; out of shared memory all learn the lengths.
 
     The watchdog, a thread, tells when this rank has made no progress for patience_s, no message and no call of `alive`,
     while another rank is at an earlier step or not at its group's last message, or has fallen silent (stopped, killed,

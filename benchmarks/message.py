@@ -1,0 +1,67 @@
+"""What a message of synchronised batch norm costs on a CPU: through shared memory, by gloo, and Python's part of it.
+
+    memory  Mailbox.add, as reduction="auto" sends it among the ranks of one host
+    gloo    the backend's all_reduce, as reduction="all_reduce" sends it
+
+Each turn sends MESSAGES of one kind in a row, then as many of the other; a figure is the quartiles over turns of a
+message's time on rank 0. Ranks have nothing to do in between, as they have in training: what a message costs there is
+benchmarks/step.py's matter.
+
+    python -m benchmarks.message [RANKS ...] [--values N] [--turns N]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import timing
+from syncbn import collectives
+from syncbn.collectives import Reduction
+from tests.ranks import run_ranks
+
+MESSAGES = 200
+
+
+def message_us(send: Callable[[Tensor], object], message: Tensor) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(MESSAGES):
+        send(message)
+    return 1e6 * (time.perf_counter() - start) / MESSAGES
+
+
+def measured(rank: int, values: int, turns: int) -> dict[str, list[float]]:
+    """µs of a message by each way, turn by turn."""
+    group = collectives.resolve_once("world", 0)
+    assert group is not None
+    ways: dict[str, Reduction] = {"memory": "auto", "gloo": "all_reduce"}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, reduction in ways.items():
+            message = torch.zeros(values, dtype=torch.float64)
+            times[name].append(message_us(lambda m, by=reduction: collectives._add(m, group, by), message))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", nargs="*", type=int, default=[2, 4, 8])
+    parser.add_argument("--values", type=int, default=513, help="float64 of a message: 2C + 1")
+    parser.add_argument("--turns", type=int, default=21)
+    options = parser.parse_args()
+    print(timing.machine())
+    print(f"µs of a message of {options.values} float64, quartiles over {options.turns} turns of {MESSAGES}")
+    print(f"{'ranks':>5} {'memory':>24} {'gloo':>24}")
+    for ranks in options.ranks:
+        before = timing.stolen()
+        times = run_ranks(measured, ranks, options.values, options.turns, timeout_s=600)[0]
+        cells = ["{:.1f} {:.1f} {:.1f}".format(*timing.quartiles(of_one)) for of_one in times.values()]
+        print(f"{ranks:5} {cells[0]:>24} {cells[1]:>24}   {timing.stolen(before):.0%} stolen", flush=True)
+
+
+if __name__ == "__main__":
+    main()
