@@ -19,9 +19,9 @@ __all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 _native = torch.ops.aten.native_batch_norm
 _native_backward = torch.ops.aten.native_batch_norm_backward
 
-# Values that aten adds up in float32: beyond, rounding shows in the fifth digit. Of rows one by one, of a plane, and of
-# all planes of half precision, in 16 lanes
-_ROWS, _PLANE, _PLANES = 2**9, 2**12, 2**16
+# Values that aten adds up in float32, beyond which rounding could show in the fifth digit: of rows one by one, of a
+# plane in 16 lanes
+_ROWS, _PLANE = 2**7, 2**11
 # Values that lie in a core's cache twice over in float32
 _BLOCK = 2**18
 
@@ -65,7 +65,7 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | 
         return as_sums(stats.new_zeros(2 * x.size(1)), affine, g)
     mean, invstd = mean_and_invstd(stats)
     pivot = mean.to(_statistics_dtype(x))
-    total, dot = _sums(g, x, pivot)
+    total, dot = _sums(g, x, pivot) if not _is_half(x) else _sums_of_half(g, x, pivot)
     return as_sums(torch.cat([total, torch.addcmul(dot, pivot - mean, total).mul_(invstd)]), affine, g)
 
 
@@ -255,11 +255,17 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     return _sums_of_rows(dy.movedim(1, -1).reshape(rows.shape).contiguous(), rows, mean)
 
 
+def _sums_of_half(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """_sums of what is made float32 first: aten would add up all planes of halves in one float32."""
+    pairs = zip(_blocks(dy, None), _blocks(x, None), strict=True)
+    return torch.stack([_sums(part.float(), of_x.float(), mean) for (part, _), (of_x, _) in pairs]).sum(0)
+
+
 def _sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """_sums where each channel lies in one piece, [N, C, *S]."""
     images, channels = x.shape[:2]
     size = x.numel() // (images * channels)
-    fewest = max(-(-size // _PLANE), min(-(-images * size // _PLANES), size // 64))
+    fewest = -(-size // _PLANE)
     if fewest == 1:
         return _parameter_gradients(dy, x, mean)
     # Pieces of a plane as channels of their own; or, of a size that nothing divides, copies
