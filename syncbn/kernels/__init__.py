@@ -1,4 +1,4 @@
-"""The work of one rank in three makes: contract.py says what it is, `choose` which of them does it."""
+"""The work of one rank in four makes: contract.py says what it is, `choose` which of them does it."""
 
 import warnings
 from functools import cache
@@ -9,18 +9,42 @@ from torch import Tensor, nn
 from syncbn.kernels import eager, native
 from syncbn.kernels.contract import Affine, Form, Kernels, Local, Running, Sums, unpacked
 
-__all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "unpacked"]
+__all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "in_use", "unpacked"]
 
 
 def choose(x: Tensor) -> Kernels:
-    """The kernels for x's device: Triton's on CUDA; torch's operators elsewhere, and for torch.compile to fuse."""
+    """The kernels for x's device: Triton's on CUDA, those in C on CPUs; torch's operators elsewhere, and to compile."""
     # Fake tensors, and others that stand for one, have no memory to launch a kernel on
-    if not x.is_cuda or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return eager
-    return _for_cuda()
+    if x.is_cuda:
+        return _for_cuda()
+    return _for_cpu() if x.is_cpu and x.dtype in _IN_C else eager
+
+
+def in_use(device: torch.device | str = "cpu") -> str:
+    """Which make a float32 tensor on such a device meets: "cpu" (in C), "triton", "native" or "eager"."""
+    return choose(torch.empty(0, device=device)).__name__.rpartition(".")[2]
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_IN_C = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@cache
+def _for_cpu() -> Kernels:
+    """Those in C, if they were built when syncbn was installed."""
+    try:
+        from syncbn.kernels import cpu
+
+        return cpu
+    except OSError as error:
+        warnings.warn(
+            f"batch norm on CPUs takes 2 to 5 times as long as it need: its kernels in C cannot be loaded ({error}). "
+            "Install a C compiler, gcc or clang, and then syncbn again: pip install --editable .",
+            stacklevel=2,
+        )
+        return eager
 
 
 @cache

@@ -1,0 +1,381 @@
+/* The passes over x in one dtype, for one kind of processor: see passes.c, which includes it for each.
+
+Sums go in float32 over at most BLOCK values, in float64 beyond. Squares are about a pivot, the mean of the first of a
+block's values: at least a sixteenth of them, so that no more than log10(16) digits cancel, for any data. */
+
+#include "vectors.h"
+
+/* Values of a block that its moments are of. */
+typedef struct {
+    double count, mean, m2;
+} OF(moments);
+#define MOMENTS OF(moments)
+
+/* Chan, Golub & LeVeque 1979 */
+INLINE MOMENTS OF(joined)(MOMENTS a, MOMENTS b) {
+    if (b.count == 0) return a;
+    const double count = a.count + b.count, share = b.count / count, apart = b.mean - a.mean;
+    return (MOMENTS){count, a.mean + apart * share, a.m2 + b.m2 + apart * apart * a.count * share};
+}
+
+/* Where the values of a channel lie side by side: in planes. */
+
+/* A piece of a plane. */
+typedef struct {
+    int64_t start, place, length;
+} OF(piece);
+#define PIECE OF(piece)
+
+/* The piece of channel c that begins at a place, and ends before the place end. */
+INLINE PIECE OF(piece_at)(const plan *cut, int64_t c, int64_t place, int64_t end) {
+    const int64_t size = cut->x.size, image = place / size, within = place % size;
+    const int64_t left = size - within, length = left < end - place ? left : end - place;
+    return (PIECE){(image * cut->x.channels + c) * size + within, place, length};
+}
+
+typedef struct {
+    VEC total, squares, count;
+} OF(lane_sums);
+#define LANE_SUMS OF(lane_sums)
+
+INLINE void OF(add)(LANE_SUMS *to, VEC v, VEC pivot, const uint8_t *mask, int64_t count) {
+    VEC apart = v - pivot;
+    if (mask || count < LANES) {
+        const BITS here = mask ? OF(lanes_of)(mask, count) : OF(first_lanes)(count);
+        apart = OF(where)(here, apart);
+        to->count += OF(where)(here, OF(broadcast)(1));
+    } else {
+        to->count += 1;
+    }
+    to->total += apart;
+    to->squares += apart * apart;
+}
+
+/* Sums over the values of channel c from place to end, less a pivot. */
+INLINE LANE_SUMS OF(plane_sums)(const pass *this, int64_t c, int64_t place, int64_t end, ARITHMETIC about) {
+    const VEC pivot = OF(broadcast)(about);
+    LANE_SUMS even = {{0}, {0}, {0}}, odd = even;
+    while (place < end) {
+        const PIECE at = OF(piece_at)(this->plan, c, place, end);
+        const STORED *x = (const STORED *)this->x + at.start;
+        const uint8_t *mask = this->mask ? this->mask + at.place : NULL;
+        int64_t i = 0;
+        for (; i + 2 * LANES <= at.length; i += 2 * LANES) {
+            OF(add)(&even, OF(load)(x + i), pivot, mask ? mask + i : NULL, LANES);
+            OF(add)(&odd, OF(load)(x + i + LANES), pivot, mask ? mask + i + LANES : NULL, LANES);
+        }
+        for (; i + LANES <= at.length; i += LANES)
+            OF(add)(&even, OF(load)(x + i), pivot, mask ? mask + i : NULL, LANES);
+        if (i < at.length)
+            OF(add)(&even, OF(load_up_to)(x + i, at.length - i), pivot, mask ? mask + i : NULL, at.length - i);
+        place += at.length;
+    }
+    return (LANE_SUMS){even.total + odd.total, even.squares + odd.squares, even.count + odd.count};
+}
+
+INLINE MOMENTS OF(plane_moments)(const pass *this, int64_t c, int64_t place, int64_t end) {
+    /* Of a masked block the first values may all be masked */
+    const int64_t first = this->mask || end - place < PIVOT ? end : place + PIVOT;
+    const LANE_SUMS near = OF(plane_sums)(this, c, place, first, 0);
+    const double counted = OF(sum)(near.count);
+    const ARITHMETIC pivot = counted > 0 ? (ARITHMETIC)(OF(sum)(near.total) / counted) : 0;
+    const LANE_SUMS sums = OF(plane_sums)(this, c, place, end, pivot);
+    const double count = OF(sum)(sums.count), total = OF(sum)(sums.total);
+    if (count == 0) return (MOMENTS){0, 0, 0};
+    const double m2 = OF(sum)(sums.squares) - total * total / count;
+    return (MOMENTS){count, pivot + total / count, m2 < 0 ? 0 : m2};
+}
+
+static void OF(moments_of_planes)(const pass *this, int64_t task) {
+    const plan *cut = this->plan;
+    const int64_t channels = cut->x.channels, chunk = task / cut->groups, group = task % cut->groups;
+    const int64_t begin = chunk * cut->chunk, end = least(begin + cut->chunk, cut->places);
+    double *row = this->partials + chunk * (2 * channels + 1);
+    for (int64_t c = group * cut->group; c < least((group + 1) * cut->group, channels); c++) {
+        MOMENTS all = {0, 0, 0};
+        for (int64_t place = begin; place < end; place += BLOCK)
+            all = OF(joined)(all, OF(plane_moments)(this, c, place, least(place + BLOCK, end)));
+        row[c] = all.mean;
+        row[channels + c] = all.m2;
+        if (c == 0) row[2 * channels] = all.count;
+    }
+}
+
+/* y before the relu; the same arithmetic forward and backward, so that both find the same sign. */
+INLINE VEC OF(affine)(VEC x, VEC pivot, VEC scale, VEC shift) { return (x - pivot) * scale + shift; }
+
+/* v where y > 0 or is no number. */
+INLINE VEC OF(past_relu)(VEC v, VEC y) { return OF(where)(~(y <= 0), v); }
+
+/* What a pass knows of the channel that it is at, or of the channels side by side. */
+typedef struct {
+    VEC pivot, scale, shift, slope, offset;
+} OF(known);
+#define KNOWN OF(known)
+
+INLINE VEC OF(coefficient)(const void *of, int64_t at, bool side_by_side, int64_t count) {
+    if (!of) return (VEC){0};
+    const ARITHMETIC *values = (const ARITHMETIC *)of + at;
+    if (!side_by_side) return OF(broadcast)(*values);
+    VEC v = {0};
+    if (count == LANES)
+        memcpy(&v, values, sizeof v);
+    else
+        for (int64_t i = 0; i < count; i++) v[i] = values[i];
+    return v;
+}
+
+INLINE KNOWN OF(known_at)(const pass *this, int64_t at, bool side_by_side, int64_t count) {
+    const coefficients *of = &this->of;
+    return (KNOWN){
+        OF(coefficient)(of->pivot, at, side_by_side, count), OF(coefficient)(of->scale, at, side_by_side, count),
+        OF(coefficient)(of->shift, at, side_by_side, count), OF(coefficient)(of->slope, at, side_by_side, count),
+        OF(coefficient)(of->offset, at, side_by_side, count),
+    };
+}
+
+/* The gradient past the relu, of values from i on; kept in out if y is what tells of the relu. */
+INLINE VEC OF(past_gradient)(const pass *this, int64_t i, VEC x, const KNOWN *at, int64_t count) {
+    const VEC g = OF(load_up_to)((const STORED *)this->other + i, count);
+    if (!this->relu) return g;
+    if (!this->y) return OF(past_relu)(g, OF(affine)(x, at->pivot, at->scale, at->shift));
+    const VEC past = OF(past_relu)(g, OF(load_up_to)((const STORED *)this->y + i, count));
+    OF(store_up_to)((STORED *)this->out + i, past, count);
+    return past;
+}
+
+/* Adds what count values from i on, no more than LANES, contribute to both sums. */
+INLINE void OF(add_gradient)(const pass *this, int64_t i, const KNOWN *at, int64_t count, VEC *total, VEC *dot) {
+    const VEC x = OF(load_up_to)((const STORED *)this->x + i, count);
+    VEC g = OF(past_gradient)(this, i, x, at, count), product = g * (x - at->pivot);
+    if (count < LANES) {
+        g = OF(where)(OF(first_lanes)(count), g);
+        product = OF(where)(OF(first_lanes)(count), product);
+    }
+    *total += g;
+    *dot += product;
+}
+
+static void OF(grad_sums_of_planes)(const pass *this, int64_t task) {
+    const plan *cut = this->plan;
+    const int64_t channels = cut->x.channels, chunk = task / cut->groups, group = task % cut->groups;
+    const int64_t begin = chunk * cut->chunk, end = least(begin + cut->chunk, cut->places);
+    double *row = this->partials + chunk * 2 * channels;
+    for (int64_t c = group * cut->group; c < least((group + 1) * cut->group, channels); c++) {
+        const KNOWN at = OF(known_at)(this, c, false, LANES);
+        double sum = 0, sum_dot = 0;
+        for (int64_t place = begin; place < end;) {
+            VEC total = {0}, dot = {0}, more = {0}, more_dot = {0};
+            for (const int64_t stop = least(place + BLOCK, end); place < stop;) {
+                const PIECE piece = OF(piece_at)(cut, c, place, stop);
+                int64_t i = 0;
+                for (; i + 2 * LANES <= piece.length; i += 2 * LANES) {
+                    OF(add_gradient)(this, piece.start + i, &at, LANES, &total, &dot);
+                    OF(add_gradient)(this, piece.start + i + LANES, &at, LANES, &more, &more_dot);
+                }
+                for (; i < piece.length; i += LANES)
+                    OF(add_gradient)(this, piece.start + i, &at, least(LANES, piece.length - i), &total, &dot);
+                place += piece.length;
+            }
+            sum += OF(sum)(total + more);
+            sum_dot += OF(sum)(dot + more_dot);
+        }
+        row[c] = sum;
+        row[channels + c] = sum_dot;
+    }
+}
+
+/* Where the channels of a place lie side by side: in rows, of columns. */
+
+/* What is added up over a strip: mean and m2 of the values seen, or sum g and sum g * (x - pivot). Whole vectors are
+   joined, so they may reach beyond the last column. */
+typedef struct {
+    double seen, first[COLUMNS + LANES], second[COLUMNS + LANES];
+} OF(strip_sums);
+#define STRIP_SUMS OF(strip_sums)
+
+INLINE WIDE OF(load_wide)(const double *from) {
+    WIDE v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void OF(store_wide)(double *to, WIDE v) { memcpy(to, &v, sizeof v); }
+
+/* A tile is some rows of so many vectors of columns from one on; only if it is one vector may it have fewer columns
+   than lanes. */
+typedef struct {
+    int64_t first, end, column, columns;
+    int vectors;
+    double counted;
+} OF(tile);
+#define TILE OF(tile)
+
+INLINE bool OF(counts)(const pass *this, const strip *at, int64_t row) {
+    return !this->mask || this->mask[at->place + row];
+}
+
+INLINE void OF(join_moments)(const pass *this, const strip *at, TILE tile, STRIP_SUMS *to) {
+    const STORED *x = (const STORED *)this->x + at->start + tile.column;
+    VEC pivot[VECTORS] = {{0}}, total[VECTORS] = {{0}}, squares[VECTORS] = {{0}};
+    /* Of masked rows the first may all be masked */
+    const int64_t near = this->mask ? tile.end : least(tile.first + PIVOT_ROWS, tile.end);
+    for (int64_t r = tile.first; r < near; r++)
+        for (int v = 0; OF(counts)(this, at, r) && v < tile.vectors; v++)
+            pivot[v] += OF(load_up_to)(x + r * at->width + v * LANES, tile.columns);
+    const ARITHMETIC part = 1 / (ARITHMETIC)(this->mask ? tile.counted : (double)(near - tile.first));
+    for (int v = 0; v < tile.vectors; v++) pivot[v] *= part;
+    for (int64_t r = tile.first; r < tile.end; r++)
+        for (int v = 0; OF(counts)(this, at, r) && v < tile.vectors; v++) {
+            const VEC apart = OF(load_up_to)(x + r * at->width + v * LANES, tile.columns) - pivot[v];
+            total[v] += apart;
+            squares[v] += apart * apart;
+        }
+    const double share = tile.counted / (to->seen + tile.counted);
+    for (int v = 0; v < tile.vectors; v++) {
+        double *mean = to->first + tile.column - at->column + v * LANES;
+        double *m2 = to->second + tile.column - at->column + v * LANES;
+        const WIDE sum = __builtin_convertvector(total[v], WIDE), offset = sum / tile.counted;
+        const WIDE within = __builtin_convertvector(squares[v], WIDE) - sum * offset;
+        const WIDE apart = __builtin_convertvector(pivot[v], WIDE) + offset - OF(load_wide)(mean);
+        const WIDE between = apart * apart * (to->seen * share);
+        OF(store_wide)(mean, OF(load_wide)(mean) + apart * share);
+        OF(store_wide)(m2, OF(load_wide)(m2) + OF(not_negative)(within) + between);
+    }
+}
+
+INLINE void OF(join_gradients)(const pass *this, const strip *at, TILE tile, STRIP_SUMS *to) {
+    VEC total[VECTORS] = {{0}}, dot[VECTORS] = {{0}};
+    KNOWN known[VECTORS];
+    for (int v = 0; v < tile.vectors; v++)
+        known[v] = OF(known_at)(this, tile.column + v * LANES, true, tile.columns);
+    for (int64_t r = tile.first; r < tile.end; r++)
+        for (int v = 0; v < tile.vectors; v++) {
+            const int64_t i = at->start + r * at->width + tile.column + v * LANES;
+            OF(add_gradient)(this, i, &known[v], tile.columns, &total[v], &dot[v]);
+        }
+    for (int v = 0; v < tile.vectors; v++) {
+        double *sum = to->first + tile.column - at->column + v * LANES;
+        double *sum_dot = to->second + tile.column - at->column + v * LANES;
+        OF(store_wide)(sum, OF(load_wide)(sum) + __builtin_convertvector(total[v], WIDE));
+        OF(store_wide)(sum_dot, OF(load_wide)(sum_dot) + __builtin_convertvector(dot[v], WIDE));
+    }
+}
+
+INLINE void OF(join_tile)(const pass *this, const strip *at, TILE tile, STRIP_SUMS *to, bool backward) {
+    if (backward)
+        OF(join_gradients)(this, at, tile, to);
+    else
+        OF(join_moments)(this, at, tile, to);
+}
+
+INLINE void OF(join_rows)(const pass *this, const strip *at, int64_t first, STRIP_SUMS *to, bool backward) {
+    const int64_t end = least(first + ROWS, at->rows);
+    const double counted = (double)count_of(this->mask, at->place + first, at->place + end);
+    if (counted == 0) return;
+    int64_t column = at->column;
+    for (; column + VECTORS * LANES <= at->end; column += VECTORS * LANES)
+        OF(join_tile)(this, at, (TILE){first, end, column, LANES, VECTORS, counted}, to, backward);
+    for (; column + LANES <= at->end; column += LANES)
+        OF(join_tile)(this, at, (TILE){first, end, column, LANES, 1, counted}, to, backward);
+    if (column < at->end)
+        OF(join_tile)(this, at, (TILE){first, end, column, at->end - column, 1, counted}, to, backward);
+    to->seen += counted;
+}
+
+/* Leaves a row, or a row for each of the places that were folded into one. */
+INLINE void OF(add_up_strip)(const pass *this, int64_t task, bool backward) {
+    const strip at = strip_of(this->plan, task);
+    STRIP_SUMS sums;
+    memset(&sums, 0, sizeof sums);
+    for (int64_t first = 0; first < at.rows; first += ROWS) OF(join_rows)(this, &at, first, &sums, backward);
+    const int64_t channels = this->plan->x.channels, width = 2 * channels + !backward;
+    for (int64_t column = at.column; column < at.end; column++) {
+        const int64_t c = column % channels;
+        double *row = this->partials + (at.partial + column / channels) * width;
+        row[c] = sums.first[column - at.column];
+        row[channels + c] = sums.second[column - at.column];
+        if (!backward && c == 0) row[2 * channels] = sums.seen;
+    }
+}
+
+/* What is written value by value, wherever it lies. */
+
+INLINE void OF(normalize_at)(const pass *this, int64_t i, const KNOWN *at, int64_t count) {
+    const VEC x = OF(load_up_to)((const STORED *)this->x + i, count);
+    VEC y = OF(affine)(x, at->pivot, at->scale, at->shift);
+    if (this->other) y += OF(load_up_to)((const STORED *)this->other + i, count);
+    if (this->relu) y = OF(past_relu)(y, y);
+    OF(store_up_to)((STORED *)this->out + i, y, count);
+}
+
+INLINE void OF(grad_input_at)(const pass *this, int64_t i, const KNOWN *at, int64_t place, bool side_by_side,
+                              int64_t count) {
+    const VEC x = OF(load_up_to)((const STORED *)this->x + i, count);
+    VEC g = OF(load_up_to)((const STORED *)this->other + i, count);
+    if (this->relu) g = OF(past_relu)(g, OF(affine)(x, at->pivot, at->scale, at->shift));
+    VEC through_moments = (x - at->pivot) * at->slope + at->offset;
+    if (this->mask) {
+        const uint8_t *mask = this->mask + place;
+        const BITS here = side_by_side ? (BITS){0} - (*mask != 0) : OF(lanes_of)(mask, count);
+        through_moments = OF(where)(here, through_moments);
+    }
+    OF(store_up_to)((STORED *)this->out + i, (g + through_moments) * at->scale, count);
+}
+
+INLINE void OF(write_at)(const pass *this, bool forward, int64_t i, const KNOWN *at, int64_t place, bool side_by_side,
+                         int64_t count) {
+    if (forward)
+        OF(normalize_at)(this, i, at, count);
+    else
+        OF(grad_input_at)(this, i, at, place, side_by_side, count);
+}
+
+/* Values from start to end of a plane, or of a row. */
+INLINE void OF(write_run)(const pass *this, bool forward, bool side_by_side, int64_t start, int64_t end) {
+    const plan *cut = this->plan;
+    const int64_t width = side_by_side ? cut->fold * cut->x.channels : cut->x.size;
+    const int64_t line = start / width, first = line * width, c = line % cut->x.channels;
+    const int64_t place = side_by_side ? line : line / cut->x.channels * width - first;
+    const KNOWN of_plane = OF(known_at)(this, side_by_side ? 0 : c, false, LANES);
+    for (int64_t i = start; i < end; i += LANES) {
+        /* The last vector covers values that were written before, with the same */
+        if (i + LANES > end && end - start >= LANES) i = end - LANES;
+        const int64_t count = least(LANES, end - i);
+        const KNOWN at = side_by_side ? OF(known_at)(this, i - first, true, count) : of_plane;
+        OF(write_at)(this, forward, i, &at, side_by_side ? place : place + i, side_by_side, count);
+    }
+}
+
+INLINE void OF(write)(const pass *this, bool forward, int64_t task) {
+    const plan *cut = this->plan;
+    const int64_t width = cut->rows ? cut->fold * cut->x.channels : cut->x.size;
+    const int64_t begin = task * PIECE_VALUES, end = least(begin + PIECE_VALUES, cut->places * cut->x.channels);
+    for (int64_t i = begin, next; i < end; i = next) {
+        next = least(i + width - i % width, end);
+        if (cut->rows)
+            OF(write_run)(this, forward, true, i, next);
+        else
+            OF(write_run)(this, forward, false, i, next);
+    }
+}
+
+static void OF(moments_task)(const pass *this, int64_t task) {
+    if (this->plan->rows)
+        OF(add_up_strip)(this, task, false);
+    else
+        OF(moments_of_planes)(this, task);
+}
+
+static void OF(grad_sums_task)(const pass *this, int64_t task) {
+    if (this->plan->rows)
+        OF(add_up_strip)(this, task, true);
+    else
+        OF(grad_sums_of_planes)(this, task);
+}
+
+static void OF(normalize_task)(const pass *this, int64_t task) { OF(write)(this, true, task); }
+
+static void OF(grad_input_task)(const pass *this, int64_t task) { OF(write)(this, false, task); }
+
+static const passes OF(passes) = {OF(moments_task), OF(normalize_task), OF(grad_sums_task), OF(grad_input_task)};
