@@ -146,7 +146,7 @@ class _BatchNorm(torch.autograd.Function):
         else:
             local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
             shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
-            _check_count(shared, x, mask)
+            _check_count(shared, x, mask, exchange)
         affine = Affine(weight, bias, relu, eps)
         y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
         if observer is not None:
@@ -241,14 +241,18 @@ def _checked(x, weight, bias, mask, residual, channels: int, eps: float) -> Tens
     return mask
 
 
-def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None) -> None:
+def _check_count(shared: Tensor, x: Tensor, mask: Tensor | None, exchange: Exchange) -> None:
     """Refuse, on every rank, a whole batch that has no variance, or part of which was refused."""
     one_value = "the whole batch has one value per channel: a variance needs more"
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         if mask is not None or x.numel() <= x.size(1):
             torch._assert_async(shared[..., -1].sum() != 1, one_value)  # pyright: ignore[reportPrivateImportUsage]
         return
-    size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
+    if exchange.group is None and mask is None:
+        # Known without a look at shared, which costs as much as a pass over a small x
+        size = x.numel() // x.size(1)
+    else:
+        size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
     if size == 1:
         raise ValueError(f"{one_value}; x has shape {tuple(x.shape)} on this rank")
     if size != size:

@@ -30,9 +30,9 @@ def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False)
     x, layout = _laid_out(x)
     packed = torch.empty(2 * layout.channels + 1, dtype=torch.float64)
     between = torch.empty(layout.channels + 1, dtype=torch.float64) if per_image else None
-    places = None if mask is None else mask.expand(x.size(0), 1, *x.shape[2:]).contiguous()
+    mask = None if mask is None else _of_places(mask, x)
     _library.moments(
-        *layout.record, _threads(layout), _at(x), _at(places), _at(packed), _at(between), form == "message"
+        *layout.record, _threads(layout), x.data_ptr(), _at(mask), packed.data_ptr(), _at(between), form == "message"
     )
     return Local(packed, None, between)
 
@@ -48,12 +48,12 @@ def normalize(
     x, layout = _laid_out(x)
     y, stats = torch.empty_like(x), torch.empty(3 * layout.channels + 1, dtype=torch.float64)
     residual, affine = None if residual is None else _like(x, residual), _without_gaps(affine)
-    shared = shared.contiguous()
-    rows = 0 if shared.dim() == 1 else shared.size(0)
+    # A gathered row may have had a stamp behind it
+    shared, rows = (shared, 0) if shared.dim() == 1 else (shared.contiguous(), shared.size(0))
     here = None if running is None or not _movable(running) else running
     _library.normalize(
-        *layout.record, _threads(layout), _at(x), _at(residual), _at(y), _at(shared), rows, _at(stats),
-        *_of_affine(affine), *_of_running(here),
+        *layout.record, _threads(layout), x.data_ptr(), _at(residual), y.data_ptr(), shared.data_ptr(), rows,
+        stats.data_ptr(), *_of_affine(affine), *_of_running(here),
     )  # fmt: skip
     if here is not None:
         torch.autograd.graph.increment_version(here[:3])
@@ -65,24 +65,22 @@ def normalize(
 def update_running(running: Running, stats: Tensor) -> None:
     if not _movable(running):
         return eager.update_running(running, stats)
-    stats = stats.contiguous()
-    _library.update_running(stats.size(0) // 3, _at(stats), *_of_running(running))
+    _library.update_running(stats.size(0) // 3, stats.data_ptr(), *_of_running(running))
     torch.autograd.graph.increment_version(running[:3])
     return None
 
 
 def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | None) -> Sums:
     x, layout = _laid_out(x)
-    dy, stats, affine, channels = _like(x, dy), stats.contiguous(), _without_gaps(affine), layout.channels
-    weight, bias = affine[:2]
-    y = None if y is None else _like(x, y)
-    g = dy if y is None else torch.empty_like(x)
+    dy, affine, channels = _like(x, dy), _without_gaps(affine), layout.channels
+    weight, bias, *_ = affine
+    y, g = (None, dy) if y is None else (_like(x, y), torch.empty_like(x))
     packed = torch.empty(2 * channels, dtype=torch.float64)
-    dweight = None if weight is None else torch.empty(channels, dtype=weight.dtype)
-    dbias = None if bias is None else torch.empty(channels, dtype=bias.dtype)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     _library.grad_sums(
-        *layout.record, _threads(layout), _at(dy), _at(x), _at(y), _at(g), _at(stats), _at(packed), _at(dweight),
-        _at(dbias), *_of_affine(affine),
+        *layout.record, _threads(layout), dy.data_ptr(), x.data_ptr(), _at(y), g.data_ptr(), stats.data_ptr(),
+        packed.data_ptr(), _at(dweight), _at(dbias), *_of_affine(affine),
     )  # fmt: skip
     return Sums(packed, dweight, dbias, g)
 
@@ -90,11 +88,10 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, affine: Affine, y: Tensor | 
 def grad_input(g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None) -> Tensor:
     x, layout = _laid_out(x)
     g, dx, affine = _like(x, g), torch.empty_like(x), _without_gaps(affine)
-    stats, sums = stats.contiguous(), sums.contiguous()
-    places = None if mask is None else mask.expand(x.size(0), 1, *x.shape[2:]).contiguous()
+    mask = None if mask is None else _of_places(mask, x)
     _library.grad_input(
-        *layout.record, _threads(layout), _at(g), _at(x), _at(places), _at(dx), _at(stats), _at(sums),
-        *_of_affine(affine),
+        *layout.record, _threads(layout), g.data_ptr(), x.data_ptr(), _at(mask), dx.data_ptr(), stats.data_ptr(),
+        sums.data_ptr(), *_of_affine(affine),
     )  # fmt: skip
     return dx
 
@@ -131,8 +128,8 @@ def _laid_out(x: Tensor) -> tuple[Tensor, _Layout]:
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """other, which has x's shape, in x's memory format and dtype."""
-    if other.stride() == x.stride() and other.dtype == x.dtype:
+    """other, which has x's shape, in x's memory format, dtype and place."""
+    if other.stride() == x.stride() and other.dtype == x.dtype and other.is_cpu:
         return other
     return torch.empty_like(x).copy_(other)
 
@@ -141,25 +138,30 @@ def _threads(layout: _Layout) -> int:
     return 1 if layout.values < 2 * _GRAIN else min(torch.get_num_threads(), layout.values // _GRAIN)
 
 
+def _of_places(mask: Tensor, x: Tensor) -> Tensor:
+    """One byte for each place of x, [N, 1, *S]."""
+    return mask.expand(x.size(0), 1, *x.shape[2:]).contiguous()
+
+
 def _at(t: Tensor | None) -> int:
-    """Where its values are, or 0."""
-    if t is None:
-        return 0
-    address = t.data_ptr()
-    if not (t.is_cpu and (address or t.numel() == 0)):
-        raise ValueError(f"batch norm of a tensor on the CPU was given one of shape {tuple(t.shape)} on {t.device}")
-    return address
+    """Where its values are, or 0 for None."""
+    return 0 if t is None else t.data_ptr()
 
 
 def _without_gaps(affine: Affine) -> Affine:
-    weight, bias, *others = affine
+    weight, bias, *_ = affine
     if (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous()):
         return affine
-    return Affine(*(None if t is None else t.contiguous() for t in (weight, bias)), *others)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return affine._replace(weight=weight, bias=bias)
 
 
 def _of_vector(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (_at(t), _DTYPES[t.dtype])
+    if t is None:
+        return 0, 0
+    if not t.is_cpu:
+        raise ValueError(f"x is on the CPU but a parameter or buffer of its layer on {t.device}: they must be together")
+    return t.data_ptr(), _DTYPES[t.dtype]
 
 
 def _of_affine(affine: Affine) -> tuple[float, ...]:

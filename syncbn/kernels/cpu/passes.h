@@ -20,17 +20,21 @@ INLINE MOMENTS OF(joined)(MOMENTS a, MOMENTS b) {
 
 /* Where the values of a channel lie side by side: in planes. */
 
-/* A piece of a plane. */
+/* A piece of a plane: where it starts in x, its first place, and how long it is. */
 typedef struct {
     int64_t start, place, length;
 } OF(piece);
 #define PIECE OF(piece)
 
-/* The piece of channel c that begins at a place, and ends before the place end. */
-INLINE PIECE OF(piece_at)(const plan *cut, int64_t c, int64_t place, int64_t end) {
-    const int64_t size = cut->x.size, image = place / size, within = place % size;
-    const int64_t left = size - within, length = left < end - place ? left : end - place;
-    return (PIECE){(image * cut->x.channels + c) * size + within, place, length};
+INLINE PIECE OF(first_piece)(const plan *cut, int64_t c, int64_t place, int64_t end) {
+    const int64_t size = cut->x.size, image = place / size, within = place - image * size;
+    return (PIECE){(image * cut->x.channels + c) * size + within, place, least(size - within, end - place)};
+}
+
+/* The piece behind, in the next image; of length 0 if the last ended at the place end. */
+INLINE PIECE OF(next_piece)(const plan *cut, PIECE last, int64_t end) {
+    const int64_t size = cut->x.size, place = last.place + last.length;
+    return (PIECE){last.start + last.length + (cut->x.channels - 1) * size, place, least(size, end - place)};
 }
 
 typedef struct {
@@ -38,15 +42,17 @@ typedef struct {
 } OF(lane_sums);
 #define LANE_SUMS OF(lane_sums)
 
-INLINE void OF(add)(LANE_SUMS *to, VEC v, VEC pivot, const uint8_t *mask, int64_t count) {
-    VEC apart = v - pivot;
-    if (mask || count < LANES) {
-        const BITS here = mask ? OF(lanes_of)(mask, count) : OF(first_lanes)(count);
-        apart = OF(where)(here, apart);
+/* Adds the last `fresh` of count values from i on, less a pivot; of masked places those that count. */
+INLINE void OF(add_values)(LANE_SUMS *to, const pass *this, PIECE at, int64_t i, VEC pivot, int64_t count,
+                           int64_t fresh) {
+    VEC apart = OF(load_up_to)((const STORED *)this->x + at.start + i, count) - pivot;
+    BITS here = OF(last_lanes)(fresh + LANES - count);
+    if (count < LANES) here = ~OF(last_lanes)(LANES - count);
+    if (this->mask) {
+        here &= OF(lanes_of)(this->mask + at.place + i, count);
         to->count += OF(where)(here, OF(broadcast)(1));
-    } else {
-        to->count += 1;
     }
+    if (this->mask || fresh < LANES) apart = OF(where)(here, apart);
     to->total += apart;
     to->squares += apart * apart;
 }
@@ -55,35 +61,33 @@ INLINE void OF(add)(LANE_SUMS *to, VEC v, VEC pivot, const uint8_t *mask, int64_
 INLINE LANE_SUMS OF(plane_sums)(const pass *this, int64_t c, int64_t place, int64_t end, ARITHMETIC about) {
     const VEC pivot = OF(broadcast)(about);
     LANE_SUMS even = {{0}, {0}, {0}}, odd = even;
-    while (place < end) {
-        const PIECE at = OF(piece_at)(this->plan, c, place, end);
-        const STORED *x = (const STORED *)this->x + at.start;
-        const uint8_t *mask = this->mask ? this->mask + at.place : NULL;
+    PIECE at = OF(first_piece)(this->plan, c, place, end);
+    for (; at.length > 0; at = OF(next_piece)(this->plan, at, end)) {
         int64_t i = 0;
         for (; i + 2 * LANES <= at.length; i += 2 * LANES) {
-            OF(add)(&even, OF(load)(x + i), pivot, mask ? mask + i : NULL, LANES);
-            OF(add)(&odd, OF(load)(x + i + LANES), pivot, mask ? mask + i + LANES : NULL, LANES);
+            OF(add_values)(&even, this, at, i, pivot, LANES, LANES);
+            OF(add_values)(&odd, this, at, i + LANES, pivot, LANES, LANES);
         }
-        for (; i + LANES <= at.length; i += LANES)
-            OF(add)(&even, OF(load)(x + i), pivot, mask ? mask + i : NULL, LANES);
-        if (i < at.length)
-            OF(add)(&even, OF(load_up_to)(x + i, at.length - i), pivot, mask ? mask + i : NULL, at.length - i);
-        place += at.length;
+        for (; i + LANES <= at.length; i += LANES) OF(add_values)(&even, this, at, i, pivot, LANES, LANES);
+        const int64_t left = at.length - i;
+        if (left > 0 && i > 0)
+            OF(add_values)(&odd, this, at, at.length - LANES, pivot, LANES, left);
+        else if (left > 0)
+            OF(add_values)(&odd, this, at, i, pivot, left, left);
     }
     return (LANE_SUMS){even.total + odd.total, even.squares + odd.squares, even.count + odd.count};
 }
 
 INLINE MOMENTS OF(plane_moments)(const pass *this, int64_t c, int64_t place, int64_t end) {
+    const int64_t values = end - place, near = values / 16 > LANES ? values / 16 : least(values, LANES);
     /* Of a masked block the first values may all be masked */
-    const int64_t first = this->mask || end - place < PIVOT ? end : place + PIVOT;
-    const LANE_SUMS near = OF(plane_sums)(this, c, place, first, 0);
-    const double counted = OF(sum)(near.count);
-    const ARITHMETIC pivot = counted > 0 ? (ARITHMETIC)(OF(sum)(near.total) / counted) : 0;
-    const LANE_SUMS sums = OF(plane_sums)(this, c, place, end, pivot);
-    const double count = OF(sum)(sums.count), total = OF(sum)(sums.total);
+    const LANE_SUMS first = OF(plane_sums)(this, c, place, this->mask ? end : place + near, 0);
+    const double count = this->mask ? OF(sum)(first.count) : (double)values;
     if (count == 0) return (MOMENTS){0, 0, 0};
-    const double m2 = OF(sum)(sums.squares) - total * total / count;
-    return (MOMENTS){count, pivot + total / count, m2 < 0 ? 0 : m2};
+    const ARITHMETIC pivot = (ARITHMETIC)(OF(sum)(first.total) / (this->mask ? count : (double)near));
+    const LANE_SUMS sums = OF(plane_sums)(this, c, place, end, pivot);
+    const double offset = OF(sum)(sums.total) / count, m2 = OF(sum)(sums.squares) - count * offset * offset;
+    return (MOMENTS){count, pivot + offset, m2 < 0 ? 0 : m2};
 }
 
 static void OF(moments_of_planes)(const pass *this, int64_t task) {
@@ -114,7 +118,6 @@ typedef struct {
 #define KNOWN OF(known)
 
 INLINE VEC OF(coefficient)(const void *of, int64_t at, bool side_by_side, int64_t count) {
-    if (!of) return (VEC){0};
     const ARITHMETIC *values = (const ARITHMETIC *)of + at;
     if (!side_by_side) return OF(broadcast)(*values);
     VEC v = {0};
@@ -144,44 +147,59 @@ INLINE VEC OF(past_gradient)(const pass *this, int64_t i, VEC x, const KNOWN *at
     return past;
 }
 
-/* Adds what count values from i on, no more than LANES, contribute to both sums. */
-INLINE void OF(add_gradient)(const pass *this, int64_t i, const KNOWN *at, int64_t count, VEC *total, VEC *dot) {
+/* Adds what the last `fresh` of count values from i on contribute to both sums. */
+INLINE void OF(add_gradient)(const pass *this, int64_t i, const KNOWN *at, int64_t count, int64_t fresh, VEC *total,
+                             VEC *dot) {
     const VEC x = OF(load_up_to)((const STORED *)this->x + i, count);
     VEC g = OF(past_gradient)(this, i, x, at, count), product = g * (x - at->pivot);
-    if (count < LANES) {
-        g = OF(where)(OF(first_lanes)(count), g);
-        product = OF(where)(OF(first_lanes)(count), product);
+    if (count == LANES && fresh < LANES) {
+        g = OF(where)(OF(last_lanes)(fresh), g);
+        product = OF(where)(OF(last_lanes)(fresh), product);
     }
+    if (count < LANES) product = OF(where)(~OF(last_lanes)(LANES - count), product);
     *total += g;
     *dot += product;
 }
 
-static void OF(grad_sums_of_planes)(const pass *this, int64_t task) {
+typedef struct {
+    double total, dot;
+} OF(gradient_sums);
+
+/* Sums over the values of channel c from place to end. */
+INLINE OF(gradient_sums) OF(plane_gradients)(const pass *this, int64_t c, int64_t place, int64_t end,
+                                             const KNOWN *of) {
+    VEC total = {0}, dot = {0}, more = {0}, more_dot = {0};
+    PIECE at = OF(first_piece)(this->plan, c, place, end);
+    for (; at.length > 0; at = OF(next_piece)(this->plan, at, end)) {
+        int64_t i = 0;
+        for (; i + 2 * LANES <= at.length; i += 2 * LANES) {
+            OF(add_gradient)(this, at.start + i, of, LANES, LANES, &total, &dot);
+            OF(add_gradient)(this, at.start + i + LANES, of, LANES, LANES, &more, &more_dot);
+        }
+        for (; i + LANES <= at.length; i += LANES)
+            OF(add_gradient)(this, at.start + i, of, LANES, LANES, &total, &dot);
+        const int64_t left = at.length - i;
+        if (left > 0 && i > 0)
+            OF(add_gradient)(this, at.start + at.length - LANES, of, LANES, left, &more, &more_dot);
+        else if (left > 0)
+            OF(add_gradient)(this, at.start + i, of, left, left, &more, &more_dot);
+    }
+    return (OF(gradient_sums)){OF(sum)(total + more), OF(sum)(dot + more_dot)};
+}
+
+static void OF(gradients_of_planes)(const pass *this, int64_t task) {
     const plan *cut = this->plan;
     const int64_t channels = cut->x.channels, chunk = task / cut->groups, group = task % cut->groups;
     const int64_t begin = chunk * cut->chunk, end = least(begin + cut->chunk, cut->places);
     double *row = this->partials + chunk * 2 * channels;
     for (int64_t c = group * cut->group; c < least((group + 1) * cut->group, channels); c++) {
         const KNOWN at = OF(known_at)(this, c, false, LANES);
-        double sum = 0, sum_dot = 0;
-        for (int64_t place = begin; place < end;) {
-            VEC total = {0}, dot = {0}, more = {0}, more_dot = {0};
-            for (const int64_t stop = least(place + BLOCK, end); place < stop;) {
-                const PIECE piece = OF(piece_at)(cut, c, place, stop);
-                int64_t i = 0;
-                for (; i + 2 * LANES <= piece.length; i += 2 * LANES) {
-                    OF(add_gradient)(this, piece.start + i, &at, LANES, &total, &dot);
-                    OF(add_gradient)(this, piece.start + i + LANES, &at, LANES, &more, &more_dot);
-                }
-                for (; i < piece.length; i += LANES)
-                    OF(add_gradient)(this, piece.start + i, &at, least(LANES, piece.length - i), &total, &dot);
-                place += piece.length;
-            }
-            sum += OF(sum)(total + more);
-            sum_dot += OF(sum)(dot + more_dot);
+        row[c] = row[channels + c] = 0;
+        for (int64_t place = begin; place < end; place += BLOCK) {
+            const OF(gradient_sums) sums = OF(plane_gradients)(this, c, place, least(place + BLOCK, end), &at);
+            row[c] += sums.total;
+            row[channels + c] += sums.dot;
         }
-        row[c] = sum;
-        row[channels + c] = sum_dot;
     }
 }
 
@@ -252,7 +270,7 @@ INLINE void OF(join_gradients)(const pass *this, const strip *at, TILE tile, STR
     for (int64_t r = tile.first; r < tile.end; r++)
         for (int v = 0; v < tile.vectors; v++) {
             const int64_t i = at->start + r * at->width + tile.column + v * LANES;
-            OF(add_gradient)(this, i, &known[v], tile.columns, &total[v], &dot[v]);
+            OF(add_gradient)(this, i, &known[v], tile.columns, tile.columns, &total[v], &dot[v]);
         }
     for (int v = 0; v < tile.vectors; v++) {
         double *sum = to->first + tile.column - at->column + v * LANES;
@@ -331,33 +349,49 @@ INLINE void OF(write_at)(const pass *this, bool forward, int64_t i, const KNOWN 
         OF(grad_input_at)(this, i, at, place, side_by_side, count);
 }
 
-/* Values from start to end of a plane, or of a row. */
-INLINE void OF(write_run)(const pass *this, bool forward, bool side_by_side, int64_t start, int64_t end) {
+/* Values from start to end of a plane, or of a row that begins at first. */
+INLINE void OF(write_run)(const pass *this, bool forward, bool side_by_side, int64_t c, int64_t place, int64_t first,
+                          int64_t start, int64_t end) {
+    KNOWN at = OF(known_at)(this, c, false, LANES);
+    int64_t i = start;
+    for (; i + LANES <= end; i += LANES) {
+        if (side_by_side) at = OF(known_at)(this, i - first, true, LANES);
+        OF(write_at)(this, forward, i, &at, side_by_side ? place : place + i - first, side_by_side, LANES);
+    }
+    if (i == end) return;
+    /* The last vector covers values that were written before, with the same */
+    const bool whole = end - start >= LANES;
+    if (whole) i = end - LANES;
+    if (side_by_side) at = OF(known_at)(this, i - first, true, whole ? LANES : end - i);
+    place += side_by_side ? 0 : i - first;
+    if (whole)
+        OF(write_at)(this, forward, i, &at, place, side_by_side, LANES);
+    else
+        OF(write_at)(this, forward, i, &at, place, side_by_side, end - i);
+}
+
+INLINE void OF(write_piece)(const pass *this, bool forward, bool side_by_side, int64_t task) {
     const plan *cut = this->plan;
-    const int64_t width = side_by_side ? cut->fold * cut->x.channels : cut->x.size;
-    const int64_t line = start / width, first = line * width, c = line % cut->x.channels;
-    const int64_t place = side_by_side ? line : line / cut->x.channels * width - first;
-    const KNOWN of_plane = OF(known_at)(this, side_by_side ? 0 : c, false, LANES);
-    for (int64_t i = start; i < end; i += LANES) {
-        /* The last vector covers values that were written before, with the same */
-        if (i + LANES > end && end - start >= LANES) i = end - LANES;
-        const int64_t count = least(LANES, end - i);
-        const KNOWN at = side_by_side ? OF(known_at)(this, i - first, true, count) : of_plane;
-        OF(write_at)(this, forward, i, &at, side_by_side ? place : place + i, side_by_side, count);
+    const int64_t channels = cut->x.channels, width = side_by_side ? cut->fold * channels : cut->x.size;
+    const int64_t begin = task * PIECE_VALUES, end = least(begin + PIECE_VALUES, cut->places * channels);
+    int64_t line = begin / width, c = line % channels, image = line / channels;
+    for (int64_t i = begin; i < end; line++) {
+        const int64_t next = least((line + 1) * width, end);
+        OF(write_run)(this, forward, side_by_side, side_by_side ? 0 : c, side_by_side ? line : image * width,
+                      line * width, i, next);
+        i = next;
+        if (++c == channels) {
+            c = 0;
+            image++;
+        }
     }
 }
 
 INLINE void OF(write)(const pass *this, bool forward, int64_t task) {
-    const plan *cut = this->plan;
-    const int64_t width = cut->rows ? cut->fold * cut->x.channels : cut->x.size;
-    const int64_t begin = task * PIECE_VALUES, end = least(begin + PIECE_VALUES, cut->places * cut->x.channels);
-    for (int64_t i = begin, next; i < end; i = next) {
-        next = least(i + width - i % width, end);
-        if (cut->rows)
-            OF(write_run)(this, forward, true, i, next);
-        else
-            OF(write_run)(this, forward, false, i, next);
-    }
+    if (this->plan->rows)
+        OF(write_piece)(this, forward, true, task);
+    else
+        OF(write_piece)(this, forward, false, task);
 }
 
 static void OF(moments_task)(const pass *this, int64_t task) {
@@ -371,7 +405,7 @@ static void OF(grad_sums_task)(const pass *this, int64_t task) {
     if (this->plan->rows)
         OF(add_up_strip)(this, task, true);
     else
-        OF(grad_sums_of_planes)(this, task);
+        OF(gradients_of_planes)(this, task);
 }
 
 static void OF(normalize_task)(const pass *this, int64_t task) { OF(write)(this, true, task); }

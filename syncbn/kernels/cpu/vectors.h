@@ -98,10 +98,15 @@ INLINE void OF(store_up_to)(STORED *to, VEC v, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = all[i];
 }
 
-INLINE BITS OF(first_lanes)(int64_t count) {
-    BITS lane;
-    for (int64_t i = 0; i < LANES; i++) lane[i] = i < count ? -1 : 0;
-    return lane;
+/* All bits of the last lanes, so many of them. */
+INLINE BITS OF(last_lanes)(int64_t count) {
+#if DTYPE == FLOAT64_
+    const BITS lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return lane >= LANES - count;
+#else
+    const BITS lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane >= (int32_t)(LANES - count);
+#endif
 }
 
 /* Of one byte for each lane, which are those that count. */
@@ -120,9 +125,13 @@ INLINE WIDE OF(not_negative)(WIDE v) {
     return (WIDE)((wide_bits)v & ~(wide_bits)(v < 0));
 }
 
+/* The lanes of each half are added to those of the other. */
 INLINE double OF(sum)(VEC v) {
+    typedef double four __attribute__((vector_size(32)));
     const WIDE wide = __builtin_convertvector(v, WIDE);
-    double total = 0;
-    for (int64_t i = 0; i < LANES; i++) total += wide[i];
-    return total;
+    four part[LANES / 4];
+    memcpy(part, &wide, sizeof part);
+    for (int64_t n = LANES / 8; n > 0; n /= 2)
+        for (int64_t i = 0; i < n; i++) part[i] += part[i + n];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
