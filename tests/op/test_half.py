@@ -7,11 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm, kernels
-from syncbn.kernels import eager
+from syncbn.kernels import Affine
+from tests.op.test_kernels import DEVICE, MAKES, make
 
-triton = pytest.importorskip("syncbn.kernels.triton", reason="needs Triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = {"eager": eager, "triton": triton}
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -24,7 +22,8 @@ def gradient(kernel, x, g, mask=None):
         layer.compile(fullgraph=True, backend="aot_eager")
         (dx,) = torch.autograd.grad(layer(x, mask=mask), x, g.to(DEVICE))
         return dx.cpu()
-    with patch.object(kernels, "choose", lambda x: KERNELS[kernel]):
+    kernel = make(kernel)
+    with patch.object(kernels, "choose", lambda x: kernel):
         (dx,) = torch.autograd.grad(layer(x, mask=mask), x, g.to(DEVICE))
     return dx.cpu()
 
@@ -34,7 +33,7 @@ def exact(x, g, mask=None):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_what_cancels_is_rounded_once(kernel, dtype):
     """Rounded to fp16 before they were added, 1e-5 came out as 0."""
     x = torch.tensor([[1.0], [2.0], [4.0]], dtype=dtype)
@@ -42,7 +41,7 @@ def test_what_cancels_is_rounded_once(kernel, dtype):
     assert_close(gradient(kernel, x, x).double(), exact(x, x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_a_constant_gradient_leaves_nothing_though_its_scale_is_no_half(kernel):
     """900 / sqrt(eps) is more than fp16 holds: inf - inf."""
     x = torch.tensor([[0.0], [0.0], [0.0], [0.01]], dtype=torch.float16)
@@ -50,7 +49,7 @@ def test_a_constant_gradient_leaves_nothing_though_its_scale_is_no_half(kernel):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_what_is_masked_has_its_own_gradient_alone(kernel, dtype):
     """inf * False was NaN."""
     x, mask = torch.tensor([[0.0], [0.0], [1.0]], dtype=dtype), torch.tensor([True, True, False])
@@ -60,7 +59,7 @@ def test_what_is_masked_has_its_own_gradient_alone(kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_the_gradient_of_a_sum_lies_in_memory_as_one_value(kernel, dtype):
     """Of such a gradient aten adds up halves in half precision: 257 ones came to 256."""
     x = torch.randn(257, 4).to(dtype)
@@ -72,11 +71,16 @@ SIZES = [(257, 4), (2048, 64), (8, 4, 256), (33, 8, 25_600), (1, 2, 25_601), (2,
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_a_long_sum_of_one_value_keeps_five_digits(shape, dtype):
+@pytest.mark.parametrize("kernel", ["eager", "cpu"])
+def test_a_long_sum_of_one_value_keeps_five_digits(kernel, shape, dtype):
     """In one float32, fp16 was off by 1.5e-3 and float32 by 3e-5."""
+    kernel, channels = make(kernel), shape[1]
     x, dy = torch.randn(shape).to(dtype), torch.full(shape, 0.1).to(dtype)
+    stats = torch.cat(
+        [torch.zeros(channels), torch.ones(channels), torch.tensor([x.numel() / channels]), torch.ones(channels)]
+    )
     for last in (False, True) if x.dim() == 4 else (False,):
         if last:
             x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-        total, _ = eager._sums(dy, x, torch.zeros(shape[1]))
+        total = kernel.grad_sums(dy, x, stats.double(), Affine(), None).packed[:channels]
         assert_close(total, dy[0].flatten()[0].double() * dy[:, :1].numel() + total * 0, rtol=1e-5, atol=0)
