@@ -13,9 +13,14 @@ __all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "i
 
 
 def choose(x: Tensor) -> Kernels:
-    """The kernels for x's device: Triton's on CUDA, those in C on CPUs; torch's operators elsewhere, and to compile."""
+    """The kernels for x's device: Triton's on CUDA, those in C on CPUs; torch's operators elsewhere.
+
+    Compiled, a graph takes those in C as operators of its own, and on CUDA torch's operators, for inductor to fuse.
+    """
+    if torch.compiler.is_compiling():
+        return _to_compile(x)
     # Fake tensors, and others that stand for one, have no memory to launch a kernel on
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if type(x) not in _PLAIN:
         return eager
     if x.is_cuda:
         return _for_cuda()
@@ -29,6 +34,23 @@ def in_use(device: torch.device | str = "cpu") -> str:
 
 _PLAIN = (Tensor, nn.Parameter)
 _IN_C = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _to_compile(x: Tensor) -> Kernels:
+    if x.device.type != "cpu" or x.dtype not in _IN_C or not _loaded():
+        return eager
+    from syncbn.kernels.cpu import operators
+
+    return operators
+
+
+def _loaded() -> bool:
+    """Whether CPUs have kernels in C."""
+    return _for_cpu() is not eager
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler
+_loaded._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @cache

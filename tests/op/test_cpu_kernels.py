@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,29 @@ def test_an_installation_without_a_compiler_succeeds(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc on Linux")
+def test_the_kernels_touch_no_memory_but_their_own_and_do_nothing_undefined(tmp_path):
+    """The tests of the kernels, with a library that watches each access."""
+    from syncbn.kernels.cpu import build
+
+    for name in "syncbn", "tests":
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    room = tmp_path / "syncbn/kernels/cpu"
+    sanitizers = ["-O1", "-DONE_KIND", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    sources = [room / path.name for path in build.SOURCES]
+    defines = [f"-D{name}={value}" for name, value in build.defines()]
+    compiler = ["gcc", *build.FLAGS, *defines, *sanitizers, "-g", "-fPIC", "-shared", *sources, "-lm"]
+    subprocess.run([*compiler, "-o", room / "compiled.so"], check=True)
+    asan = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "LD_PRELOAD": asan.strip(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    tests = ["tests/op/test_kernels.py", "tests/op/test_cpu_kernels.py", "-k", "cpu and not ranks and not installation"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", *tests]
+
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -54,7 +54,7 @@ static int64_t count_of(const uint8_t *mask, int64_t first, int64_t end) {
 #define KIND any
 #include "dtypes.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(ONE_KIND)
 #define OF_KINDS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
