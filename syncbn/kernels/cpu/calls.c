@@ -10,7 +10,7 @@ returns 0, or 1 where there is no memory. */
 
 /* Columns that rows are folded to, so that few channels fill vectors too; and the most of them */
 enum { LANES_OF_FLOAT32 = 16, MOST_COLUMNS = 512 };
-/* Places that a partial sum is of, in planes and in rows; values that a task adds up, at least; columns of a task */
+/* Places that a partial sum is of, in planes and in rows; values that a task adds up, at least, and writes */
 enum { CHUNK_PLACES = 1 << 15, CHUNK_ROWS = 1024, TASK_VALUES = 1 << 15 };
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -32,7 +32,10 @@ static plan planned(const layout *x, bool masked, bool per_image) {
     cut.chunks = folded + rest;
     cut.partials = folded * cut.fold + rest;
     cut.group = cut.rows ? COLUMNS : parts(TASK_VALUES, least(cut.chunk, cut.places));
-    cut.groups = parts(cut.fold * x->channels, cut.group);
+    const int64_t width = cut.fold * x->channels;
+    cut.groups = parts(width, cut.group);
+    cut.piece = cut.rows ? parts(TASK_VALUES, width) * width : TASK_VALUES;
+    cut.pieces = parts(cut.places * x->channels, cut.piece);
     return cut;
 }
 
@@ -68,8 +71,6 @@ static void run(task each, const pass *pass, int64_t tasks) {
     }
 }
 
-static int64_t values_of(const plan *cut) { return cut->places * cut->x.channels; }
-
 /* Memory for the coefficients, to be freed by the first of them. */
 static bool allocate(coefficients *of, const plan *cut) {
     const int64_t columns = cut->fold * cut->x.channels;
@@ -104,7 +105,7 @@ EXPORTED int64_t syncbn_normalize(const normalize_call *call) {
     pass pass = {.plan = &cut, .x = call->x, .other = call->residual, .out = call->y, .relu = call->affine.relu};
     if (!allocate(&pass.of, &cut)) return 1;
     affine_coefficients(&pass.of, &cut, call->stats, &call->affine);
-    run(passes_of(x->dtype)->normalize, &pass, parts(values_of(&cut), PIECE_VALUES));
+    run(passes_of(x->dtype)->normalize, &pass, cut.pieces);
     free(pass.of.pivot);
     return 0;
 }
@@ -134,7 +135,7 @@ EXPORTED int64_t syncbn_grad_input(const grad_input_call *call) {
     if (!allocate(&pass.of, &cut)) return 1;
     affine_coefficients(&pass.of, &cut, call->stats, &call->affine);
     input_coefficients(&pass.of, &cut, call->stats, call->sums);
-    run(passes_of(x->dtype)->grad_input, &pass, parts(values_of(&cut), PIECE_VALUES));
+    run(passes_of(x->dtype)->grad_input, &pass, cut.pieces);
     free(pass.of.pivot);
     return 0;
 }

@@ -91,6 +91,7 @@ typedef struct {
     int64_t chunk, chunks;  /* places that a partial sum is of, and how many such there are */
     int64_t group, groups;  /* channels, or columns, of a task, and how many such there are */
     int64_t partials;       /* rows that all chunks leave */
+    int64_t piece, pieces;  /* values that a task writes, whole rows where x is in rows, and how many such there are */
 } plan;
 
 /* Per channel, or column, in the arithmetic of the passes: y = (x - pivot) * scale + shift, and
@@ -117,8 +118,8 @@ typedef struct {
     task moments, normalize, grad_sums, grad_input;
 } passes;
 
-/* Columns of a task, and values that a task writes */
-enum { COLUMNS = 256, PIECE_VALUES = 1 << 15 };
+/* Columns of a task that adds up */
+enum { COLUMNS = 256 };
 
 /* passes.c */
 const passes *passes_of(int64_t dtype);

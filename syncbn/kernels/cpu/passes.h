@@ -370,15 +370,14 @@ INLINE void OF(write_run)(const pass *this, bool forward, bool side_by_side, int
         OF(write_at)(this, forward, i, &at, place, side_by_side, end - i);
 }
 
-INLINE void OF(write_piece)(const pass *this, bool forward, bool side_by_side, int64_t task) {
+INLINE void OF(write_planes)(const pass *this, bool forward, int64_t task) {
     const plan *cut = this->plan;
-    const int64_t channels = cut->x.channels, width = side_by_side ? cut->fold * channels : cut->x.size;
-    const int64_t begin = task * PIECE_VALUES, end = least(begin + PIECE_VALUES, cut->places * channels);
-    int64_t line = begin / width, c = line % channels, image = line / channels;
-    for (int64_t i = begin; i < end; line++) {
-        const int64_t next = least((line + 1) * width, end);
-        OF(write_run)(this, forward, side_by_side, side_by_side ? 0 : c, side_by_side ? line : image * width,
-                      line * width, i, next);
+    const int64_t channels = cut->x.channels, size = cut->x.size;
+    const int64_t begin = task * cut->piece, end = least(begin + cut->piece, cut->places * channels);
+    int64_t plane = begin / size, c = plane % channels, image = plane / channels;
+    for (int64_t i = begin; i < end; plane++) {
+        const int64_t next = least((plane + 1) * size, end);
+        OF(write_run)(this, forward, false, c, image * size, plane * size, i, next);
         i = next;
         if (++c == channels) {
             c = 0;
@@ -387,11 +386,35 @@ INLINE void OF(write_piece)(const pass *this, bool forward, bool side_by_side, i
     }
 }
 
+/* Some vectors of columns, whose coefficients stay in registers. */
+INLINE void OF(write_tile)(const pass *this, bool forward, int64_t width, int64_t column, int64_t row, int64_t end) {
+    KNOWN known[VECTORS];
+    for (int v = 0; v < VECTORS; v++) known[v] = OF(known_at)(this, column + v * LANES, true, LANES);
+    for (; row < end; row++)
+        for (int v = 0; v < VECTORS; v++)
+            OF(write_at)(this, forward, row * width + column + v * LANES, &known[v], row, true, LANES);
+}
+
+INLINE void OF(write_rows)(const pass *this, bool forward, int64_t task) {
+    const plan *cut = this->plan;
+    const int64_t width = cut->fold * cut->x.channels, values = cut->places * cut->x.channels;
+    const int64_t begin = task * cut->piece / width, end = least(begin + cut->piece / width, values / width);
+    int64_t column = 0;
+    for (; column + VECTORS * LANES <= width; column += VECTORS * LANES)
+        OF(write_tile)(this, forward, width, column, begin, end);
+    for (int64_t row = begin; column < width && row < end; row++)
+        OF(write_run)(this, forward, true, 0, row, row * width, row * width + column, (row + 1) * width);
+    /* The places that fold does not divide */
+    const int64_t rest = values / width * width;
+    if ((task + 1) * cut->piece > rest && rest < values)
+        OF(write_run)(this, forward, true, 0, values / width, rest, rest, values);
+}
+
 INLINE void OF(write)(const pass *this, bool forward, int64_t task) {
     if (this->plan->rows)
-        OF(write_piece)(this, forward, true, task);
+        OF(write_rows)(this, forward, task);
     else
-        OF(write_piece)(this, forward, false, task);
+        OF(write_planes)(this, forward, task);
 }
 
 static void OF(moments_task)(const pass *this, int64_t task) {
