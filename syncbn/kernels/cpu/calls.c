@@ -71,12 +71,15 @@ static void run(task each, const pass *pass, int64_t tasks) {
     }
 }
 
-/* Memory for the coefficients, to be freed by the first of them. */
+/* Memory for the coefficients, as doubles fit, to be freed by the first of them. */
 static bool allocate(coefficients *of, const plan *cut) {
     const int64_t columns = cut->fold * cut->x.channels;
-    double *memory = malloc(5 * (columns + 1) * sizeof *memory);
-    *of = (coefficients){memory, memory + columns, memory + 2 * columns, memory + 3 * columns, memory + 4 * columns};
-    return memory != NULL;
+    double *memory = malloc((7 * columns + 1) * sizeof *memory), *part = memory;
+    void **const each[] = {&of->pivot, &of->scale, &of->shift, &of->slope, &of->offset};
+    if (!memory) return false;
+    for (int i = 0; i < 5; i++, part += columns) *each[i] = part;
+    of->scratch = part;
+    return true;
 }
 
 EXPORTED int64_t syncbn_moments(const moments_call *call) {
@@ -120,7 +123,7 @@ EXPORTED int64_t syncbn_grad_sums(const grad_sums_call *call) {
     if (!failed) {
         affine_coefficients(&pass.of, &cut, call->stats, &call->affine);
         run(passes_of(x->dtype)->grad_sums, &pass, cut.chunks * cut.groups);
-        add_partials(call, sums, cut.partials, &pass.of);
+        add_partials(call, sums, cut.partials);
     }
     free(sums);
     free(pass.of.pivot);

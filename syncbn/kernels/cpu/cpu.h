@@ -98,6 +98,7 @@ typedef struct {
    dx = (g + (x - pivot) * slope + offset) * scale. */
 typedef struct {
     void *pivot, *scale, *shift, *slope, *offset;
+    double *scratch; /* [2C] */
 } coefficients;
 
 /* What the tasks of a pass read. */
@@ -131,6 +132,6 @@ void to_stats(const normalize_call *call);
 void move_running(const running *to, const double *stats, int64_t channels);
 void affine_coefficients(coefficients *of, const plan *cut, const double *stats, const affine *map);
 void input_coefficients(coefficients *of, const plan *cut, const double *stats, const double *sums);
-void add_partials(const grad_sums_call *call, const double *partials, int64_t count, const coefficients *of);
+void add_partials(const grad_sums_call *call, const double *partials, int64_t count);
 
 #endif

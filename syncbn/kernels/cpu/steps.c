@@ -73,6 +73,10 @@ static double at_least_one(double count) { return count < 1 ? 1 : count; }
 void merge(const double *rows, int64_t count, int64_t channels, double *merged, double *between) {
     const int64_t width = 2 * channels + 1;
     double *mean = merged, *m2 = merged + channels, values = 0, holding = 0;
+    if (count == 1 && !between) {
+        memcpy(merged, rows, width * sizeof *merged);
+        return;
+    }
     memset(merged, 0, width * sizeof *merged);
     for (int64_t r = 0; r < count; r++) {
         const double *row = rows + r * width, n = row[2 * channels];
@@ -121,8 +125,6 @@ void to_stats(const normalize_call *call) {
     double *stats = call->stats;
     if (call->rows == 0)
         from_message(call->shared, channels, stats);
-    else if (call->rows == 1)
-        memcpy(stats, call->shared, (2 * channels + 1) * sizeof *stats);
     else
         merge(call->shared, call->rows, channels, stats, NULL);
     const double count = at_least_one(stats[2 * channels]);
@@ -148,50 +150,80 @@ void move_running(const running *to, const double *stats, int64_t channels) {
     }
 }
 
-/* Of a column, which is one of fold for each channel. */
-static void put_columns(void *data, const plan *cut, int64_t c, double value) {
-    const int64_t dtype = cut->x.dtype == FLOAT64 ? FLOAT64 : FLOAT32;
-    for (int64_t f = 0; f < cut->fold; f++) put(data, dtype, f * cut->x.channels + c, value);
+/* All of them, each loop without a question of dtype. */
+static void read_all(double *to, const vector *from, double otherwise, int64_t channels) {
+    if (!from->data)
+        for (int64_t c = 0; c < channels; c++) to[c] = otherwise;
+    else if (from->dtype == FLOAT32)
+        for (int64_t c = 0; c < channels; c++) to[c] = ((const float *)from->data)[c];
+    else
+        for (int64_t c = 0; c < channels; c++) to[c] = get(from->data, from->dtype, c);
 }
 
-static double as_arithmetic(double value, const plan *cut) { return cut->x.dtype == FLOAT64 ? value : (float)value; }
+static double as_arithmetic(double value, bool wide) { return wide ? value : (float)value; }
+
+/* In the dtype of the arithmetic, and again for each of the places that are folded into one row. */
+static void write_all(void *to, const double *from, const plan *cut) {
+    const int64_t channels = cut->x.channels;
+    const bool wide = cut->x.dtype == FLOAT64;
+    const size_t size = channels * (wide ? sizeof(double) : sizeof(float));
+    if (wide)
+        memcpy(to, from, size);
+    else
+        for (int64_t c = 0; c < channels; c++) ((float *)to)[c] = (float)from[c];
+    for (int64_t f = 1; f < cut->fold; f++) memcpy((char *)to + f * size, to, size);
+}
 
 void affine_coefficients(coefficients *of, const plan *cut, const double *stats, const affine *map) {
     const int64_t channels = cut->x.channels;
+    const bool wide = cut->x.dtype == FLOAT64;
+    const double *invstd = stats + 2 * channels + 1;
+    double *scale = of->scratch, *shift = of->scratch + channels;
+    read_all(scale, &map->weight, 1, channels);
+    read_all(shift, &map->bias, 0, channels);
     for (int64_t c = 0; c < channels; c++) {
-        const double mean = stats[c], pivot = as_arithmetic(mean, cut);
-        const double weight = map->weight.data ? get(map->weight.data, map->weight.dtype, c) : 1;
-        const double bias = map->bias.data ? get(map->bias.data, map->bias.dtype, c) : 0;
-        const double scale = stats[2 * channels + 1 + c] * weight;
-        put_columns(of->pivot, cut, c, pivot);
-        put_columns(of->scale, cut, c, scale);
-        put_columns(of->shift, cut, c, (pivot - mean) * scale + bias);
+        scale[c] *= invstd[c];
+        shift[c] += (as_arithmetic(stats[c], wide) - stats[c]) * scale[c];
     }
+    write_all(of->pivot, stats, cut);
+    write_all(of->scale, scale, cut);
+    write_all(of->shift, shift, cut);
 }
 
 void input_coefficients(coefficients *of, const plan *cut, const double *stats, const double *sums) {
     const int64_t channels = cut->x.channels;
-    const double count = at_least_one(stats[2 * channels]);
+    const bool wide = cut->x.dtype == FLOAT64;
+    const double *invstd = stats + 2 * channels + 1;
+    const double share = 1 / at_least_one(stats[2 * channels]);
+    double *slope = of->scratch, *offset = of->scratch + channels;
     for (int64_t c = 0; c < channels; c++) {
-        const double mean = stats[c], pivot = as_arithmetic(mean, cut);
-        const double slope = -stats[2 * channels + 1 + c] * (sums[channels + c] / count);
-        put_columns(of->slope, cut, c, slope);
-        put_columns(of->offset, cut, c, (pivot - mean) * slope - sums[c] / count);
+        slope[c] = -invstd[c] * (sums[channels + c] * share);
+        offset[c] = (as_arithmetic(stats[c], wide) - stats[c]) * slope[c] - sums[c] * share;
     }
+    write_all(of->slope, slope, cut);
+    write_all(of->offset, offset, cut);
+}
+
+static void write_gradient(void *to, int64_t dtype, const double *from, int64_t channels) {
+    if (dtype == FLOAT32)
+        for (int64_t c = 0; c < channels; c++) ((float *)to)[c] = (float)from[c];
+    else
+        for (int64_t c = 0; c < channels; c++) put(to, dtype, c, from[c]);
 }
 
 /* [sum g | sum g * xhat] of partials [count, 2C], which are about the pivot, and the parameters' gradients. */
-void add_partials(const grad_sums_call *call, const double *partials, int64_t count, const coefficients *of) {
+void add_partials(const grad_sums_call *call, const double *partials, int64_t count) {
     const int64_t channels = call->x_layout.channels, width = 2 * channels;
-    const int64_t dtype = call->x_layout.dtype == FLOAT64 ? FLOAT64 : FLOAT32;
+    const bool wide = call->x_layout.dtype == FLOAT64;
+    const double *stats = call->stats;
     double *sums = call->packed;
     memset(sums, 0, width * sizeof *sums);
     for (int64_t r = 0; r < count; r++)
         for (int64_t c = 0; c < width; c++) sums[c] += partials[r * width + c];
     for (int64_t c = 0; c < channels; c++) {
-        const double behind = get(of->pivot, dtype, c) - call->stats[c];
-        sums[channels + c] = (sums[channels + c] + behind * sums[c]) * call->stats[2 * channels + 1 + c];
-        if (call->dweight) put(call->dweight, call->affine.weight.dtype, c, sums[channels + c]);
-        if (call->dbias) put(call->dbias, call->affine.bias.dtype, c, sums[c]);
+        const double behind = as_arithmetic(stats[c], wide) - stats[c];
+        sums[channels + c] = (sums[channels + c] + behind * sums[c]) * stats[2 * channels + 1 + c];
     }
+    if (call->dweight) write_gradient(call->dweight, call->affine.weight.dtype, sums + channels, channels);
+    if (call->dbias) write_gradient(call->dbias, call->affine.bias.dtype, sums, channels);
 }
