@@ -16,8 +16,8 @@
 enum { BLOCK = 2048, ROWS = 128 };
 /* Of them, those that the pivot is the mean of: a sixteenth */
 enum { PIVOT = BLOCK / 16, PIVOT_ROWS = ROWS / 16 };
-/* Vectors of columns that registers hold */
-enum { VECTORS = 4 };
+/* Vectors of columns that registers hold, and rows that are written before the next of them: memory is read in order */
+enum { VECTORS = 4, NEAR_ROWS = 8 };
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -399,11 +399,14 @@ INLINE void OF(write_rows)(const pass *this, bool forward, int64_t task) {
     const plan *cut = this->plan;
     const int64_t width = cut->fold * cut->x.channels, values = cut->places * cut->x.channels;
     const int64_t begin = task * cut->piece / width, end = least(begin + cut->piece / width, values / width);
-    int64_t column = 0;
-    for (; column + VECTORS * LANES <= width; column += VECTORS * LANES)
-        OF(write_tile)(this, forward, width, column, begin, end);
-    for (int64_t row = begin; column < width && row < end; row++)
-        OF(write_run)(this, forward, true, 0, row, row * width, row * width + column, (row + 1) * width);
+    for (int64_t row = begin; row < end; row += NEAR_ROWS) {
+        const int64_t stop = least(row + NEAR_ROWS, end);
+        int64_t column = 0;
+        for (; column + VECTORS * LANES <= width; column += VECTORS * LANES)
+            OF(write_tile)(this, forward, width, column, row, stop);
+        for (int64_t r = row; column < width && r < stop; r++)
+            OF(write_run)(this, forward, true, 0, r, r * width, r * width + column, (r + 1) * width);
+    }
     /* The places that fold does not divide */
     const int64_t rest = values / width * width;
     if ((task + 1) * cut->piece > rest && rest < values)
