@@ -46,6 +46,9 @@ ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 \
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 WORKDIR /app
 COPY . .
+# The libraries of C, beside their sources
+RUN /venv/bin/pip install --quiet --disable-pip-version-check setuptools && python3 setup.py --quiet build_ext --inplace && \
+    rm -rf build
 USER 1000:1000
 HEALTHCHECK --interval=60s --timeout=10s --start-period=10m CMD ["launch/healthy.sh"]
 ENTRYPOINT ["tini", "--", "python", "train.py"]

@@ -10,7 +10,7 @@ ARGS ?=
 setup: $(VENV)/ready
 
 # Done again whenever what is to be installed has changed
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard syncbn/kernels/cpu/*.[ch] syncbn/shared_memory/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "syncbn needs Python 3.11 or newer and " \
 		"$(PYTHON) is " + sys.version.split()[0] + ": make setup PYTHON=python3.12, say")'
 	@echo "Installing into $(VENV): about 5 GB, some minutes"
@@ -46,4 +46,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build syncbn/*/*.so syncbn/*/*/*.so *.egg-info .pytest_cache .ruff_cache

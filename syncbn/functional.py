@@ -147,7 +147,9 @@ class _BatchNorm(torch.autograd.Function):
         else:
             local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
             shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
-            checks.check_count(shared, x.shape, enough=mask is None and x.numel() > x.size(1))
+            enough = mask is None and x.numel() > x.size(1)
+            if exchange.group is not None or not enough:
+                checks.check_count(shared, x.shape, enough)
         affine = Affine(weight, bias, relu, eps)
         y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
         if observer is not None:

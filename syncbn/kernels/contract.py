@@ -97,6 +97,8 @@ class Kernels(Protocol):
     NEEDS_Y: whether grad_sums needs y for any relu, or only where a residual was added.
     """
 
+    __name__: str
+
     @property
     def NEEDS_Y(self) -> bool: ...
 

@@ -194,7 +194,8 @@ def test_bad_choices():
 
 def test_an_output_that_backward_needs_is_not_to_be_overwritten():
     layer = SyncBatchNorm(3, activation="relu")
-    y = layer(torch.randn(4, 3, requires_grad=True))
+    x = torch.randn(4, 3, requires_grad=True)
+    y = layer(x, residual=x)
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

@@ -7,11 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm, kernels
-from syncbn.kernels import eager
+from syncbn.kernels import Affine
+from tests.op.test_kernels import DEVICE, MAKES, make
 
-triton = pytest.importorskip("syncbn.kernels.triton", reason="needs Triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = {"eager": eager, "triton": triton}
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -24,7 +22,8 @@ def gradient(kernel, x, g, mask=None):
         layer.compile(fullgraph=True, backend="aot_eager")
         (dx,) = torch.autograd.grad(layer(x, mask=mask), x, g.to(DEVICE))
         return dx.cpu()
-    with patch.object(kernels, "choose", lambda x: KERNELS[kernel]):
+    kernel = make(kernel)
+    with patch.object(kernels, "choose", lambda x: kernel):
         (dx,) = torch.autograd.grad(layer(x, mask=mask), x, g.to(DEVICE))
     return dx.cpu()
 
@@ -34,7 +33,7 @@ def exact(x, g, mask=None):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_what_cancels_is_rounded_once(kernel, dtype):
     """Rounded to fp16 before they were added, 1e-5 came out as 0."""
     x = torch.tensor([[1.0], [2.0], [4.0]], dtype=dtype)
@@ -42,7 +41,7 @@ def test_what_cancels_is_rounded_once(kernel, dtype):
     assert_close(gradient(kernel, x, x).double(), exact(x, x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_a_constant_gradient_leaves_nothing_though_its_scale_is_no_half(kernel):
     """900 / sqrt(eps) is more than fp16 holds: inf - inf."""
     x = torch.tensor([[0.0], [0.0], [0.0], [0.01]], dtype=torch.float16)
@@ -50,7 +49,7 @@ def test_a_constant_gradient_leaves_nothing_though_its_scale_is_no_half(kernel):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_what_is_masked_has_its_own_gradient_alone(kernel, dtype):
     """inf * False was NaN."""
     x, mask = torch.tensor([[0.0], [0.0], [1.0]], dtype=dtype), torch.tensor([True, True, False])
@@ -60,7 +59,7 @@ def test_what_is_masked_has_its_own_gradient_alone(kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "compiled"])
+@pytest.mark.parametrize("kernel", [*MAKES, "compiled"])
 def test_the_gradient_of_a_sum_lies_in_memory_as_one_value(kernel, dtype):
     """Of such a gradient aten adds up halves in half precision: 257 ones came to 256."""
     x = torch.randn(257, 4).to(dtype)
@@ -74,17 +73,18 @@ SIZES += [(1000, 4, 7, 7), (16, 4, 4000)]
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("value", [0.1, 0.97, 1.3])
-def test_a_long_sum_of_one_value_keeps_five_digits(value, shape, dtype):
+@pytest.mark.parametrize("kernel", ["eager", "cpu"])
+def test_a_long_sum_of_one_value_keeps_five_digits(kernel, value, shape, dtype):
     """In one float32, fp16 was off by 1.5e-3 and float32 by 3e-5; of 2048 rows one by one, float32 by 1.4e-5.
 
     Squares of halves of several planes were off by 1e-4.
     """
-    dy = torch.full(shape, value).to(dtype)
+    kernel, channels, dy = make(kernel), shape[1], torch.full(shape, value).to(dtype)
+    count, exact = dy.numel() // channels, dy.flatten()[0].double()
+    stats = torch.cat([torch.zeros(channels), torch.ones(channels), torch.tensor([count]), torch.ones(channels)])
     for last in (False, True) if dy.dim() == 4 else (False,):
         if last:
             dy = dy.contiguous(memory_format=torch.channels_last)
-        sums = eager._sums if dtype == torch.float32 else eager._sums_of_half
-        total, squares = sums(dy, dy, torch.zeros(shape[1]))
-        exact, count = dy[0].flatten()[0].double(), dy[:, :1].numel()
-        assert_close(total / count, exact.expand(shape[1]), rtol=1e-5, atol=0)
-        assert_close(squares / count, exact.square().expand(shape[1]), rtol=1e-5, atol=0)
+        total, squares = kernel.grad_sums(dy, dy, stats.double(), Affine(), None).packed.chunk(2)
+        assert_close(total / count, exact.expand(channels), rtol=1e-5, atol=0)
+        assert_close(squares / count, exact.square().expand(channels), rtol=1e-5, atol=0)
