@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import syncbn
+from syncbn import collectives, kernels
 from syncbn.drift import observer
 from syncbn.trainer import graph, loop
 from syncbn.trainer.config import typed
@@ -61,8 +62,11 @@ def train(rank, overrides, captured):
         return replay
 
     with syncbn.DriftMonitor(parts.model) as training.drift, pytest.MonkeyPatch.context() as patch:
-        # As on a GPU that captures: each forward adds to the same tensors, and keeps no count on the host
+        # As on a GPU that captures: each forward adds to the same tensors, and keeps no count on the host; and all work
+        # and all messages are torch's, of which a tape knows
         patch.setattr(observer, "_is_recorded", lambda x: True)
+        patch.setattr(kernels, "choose", lambda x: kernels.eager)
+        patch.setattr(collectives, "_may_share_memory", lambda message, reduction: False)
         loop.fit(training, replace(config.train, cuda_graph=captured), world, log, log, capture=capture)
     assert all(replay() is None for _, replay in captures), "NCCL would wait for the graph that fit has left behind"
     log.lines = [(step, {k: v for k, v in figures.items() if k not in TIMES}) for step, figures in log.lines]

@@ -82,21 +82,31 @@ static bool allocate(coefficients *of, const plan *cut) {
     return true;
 }
 
+/* The row of all that counts in x, [2C + 1], from partial sums cut up like that; between, if any, as in merge. */
+static bool moments_by(const moments_call *call, plan cut, double *row, double *between) {
+    const int64_t channels = cut.x.channels;
+    double *rows = malloc((cut.partials * (2 * channels + 1) + 1) * sizeof *rows);
+    if (!rows) return false;
+    const pass pass = {.plan = &cut, .x = call->x, .mask = call->mask, .partials = rows};
+    run(passes_of(cut.x.dtype)->moments, &pass, cut.chunks * cut.groups);
+    merge(rows, cut.partials, channels, row, between);
+    free(rows);
+    return true;
+}
+
 EXPORTED int64_t syncbn_moments(const moments_call *call) {
     const layout *x = &call->x_layout;
-    const plan cut = planned(x, call->mask != NULL, call->between && x->size > 1);
-    const int64_t width = 2 * x->channels + 1;
-    double *rows = malloc((cut.partials * width + 1) * sizeof *rows);
-    if (!rows) return 1;
-    const pass pass = {.plan = &cut, .x = call->x, .mask = call->mask, .partials = rows};
-    run(passes_of(x->dtype)->moments, &pass, cut.chunks * cut.groups);
-    merge(rows, cut.partials, x->channels, call->packed, call->between);
-    free(rows);
+    const int64_t channels = x->channels;
+    if (call->between && x->size > 1) {
+        /* Before the sums that are sent, so that whoever is looking changes no bit of those */
+        if (!moments_by(call, planned(x, call->mask != NULL, true), call->packed, call->between)) return 1;
+    }
+    if (!moments_by(call, planned(x, call->mask != NULL, false), call->packed, NULL)) return 1;
     if (call->between && x->size == 1) {
         /* Each value is an image */
-        for (int64_t c = 0; c <= x->channels; c++) call->between[c] = call->packed[x->channels + c];
+        for (int64_t c = 0; c <= channels; c++) call->between[c] = call->packed[channels + c];
     }
-    if (call->as_message) to_message(call->packed, x->channels);
+    if (call->as_message) to_message(call->packed, channels);
     return 0;
 }
 
