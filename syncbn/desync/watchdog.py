@@ -123,7 +123,7 @@ class Watchdog:
             known = post.closed or post.posted_s > self._advanced - self._start
             silent_s = post.read_s - post.posted_s
             if (self._elsewhere(rank, post) and known) or (silent_s >= self._patience_s and not post.closed):
-                heard = "whose monitor is closed" if post.closed else f"last heard of {silent_s:.0f} s ago"
+                heard = "whose monitor is closed" if post.closed else f"last heard of {max(silent_s, 0):.0f} s ago"
                 late.append(f"rank {rank}, {heard}, had made {self._told(post)}")
         return late
 

@@ -51,7 +51,9 @@ class Case:
     # "world", 1, "pairs" (a list of ranks each) or "samples"
     group: Any = "world"
     samples: int = 1
-    reduction: str = "all_reduce"
+    reduction: str = "auto"
+    # Of whose operators: "cpu" (in C) or "eager"
+    kernels: str = "cpu"
     # |mean| / σ, σ, the distance of the ranks' means in σ, and the size of dy
     mean: float = 0.0
     std: float = 1.0
@@ -240,7 +242,8 @@ def draw(seed: int) -> Case:
         tracks=rarely(False, True),
         group=pick("world", "world", "world", 1, "pairs", "samples"),
         samples=rng.randint(1, 2 * max(*images, 1)),
-        reduction=pick("all_reduce", "gather"),
+        reduction=pick("auto", "all_reduce", "gather"),
+        kernels=pick("cpu", "eager"),
         mean=pick(0.0, 1.0, 100.0, 1e4),
         std=pick(1.0, 3.0, 0.01),
         apart=rarely(5.0, 0.0, 0.3),
