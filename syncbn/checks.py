@@ -73,7 +73,7 @@ def check_count(shared: Tensor, shape: Sequence[int], enough: bool = False) -> N
         if shared.device.type == "cpu":
             torch._assert_async(size == size, _REFUSED)  # pyright: ignore[reportPrivateImportUsage]
         return
-    size = shared[..., -1].sum().item() if shared.dim() > 1 and len(shared) > 1 else shared.view(-1)[-1].item()
+    size = (shared[-1] if shared.dim() == 1 else shared[:, -1].sum()).item()
     if size == 1:
         raise ValueError(f"{_ONE_VALUE}; x has shape {tuple(shape)} on this rank")
     if size != size:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from syncbn.shared_memory import mailbox
 from syncbn.shared_memory.mailbox import NONCE_BYTES, Mailbox
 
-# As long as it takes to wake a core that sleeps, about
-SPIN_NS = 20_000
+# Some times what it takes to wake a core that sleeps: two ranks on two cores that slept at each message took twice as
+# long for a layer
+SPIN_NS = 200_000
 
 
 class Offer(NamedTuple):

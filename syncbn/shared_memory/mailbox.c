@@ -31,7 +31,7 @@ enum { COMPLETE, WAITING, LENGTHS_DIFFER, CLOSED };  // what a call returns
 enum { COMING, ARRIVED, GONE };                      // what a rank is about the message that is waited for
 
 static const long SLICE_NS = 50 * 1000 * 1000;
-static const uint32_t SPIN_AGAIN_AFTER = 16;  // messages
+static const uint32_t SPIN_AGAIN_AFTER = 4;  // messages
 const size_t mailbox_capacity = CAPACITY;
 
 struct card {
