@@ -27,7 +27,8 @@ COPY constraints.txt .
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /venv && \
-    /venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt --constraint constraints.txt
+    /venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+    'setuptools>=77' --requirement requirements.txt
 
 FROM base
 ARG VERSION=unknown REVISION=unknown
@@ -47,8 +48,7 @@ ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 \
 WORKDIR /app
 COPY . .
 # The libraries of C, beside their sources
-RUN /venv/bin/pip install --quiet --disable-pip-version-check setuptools && python3 setup.py --quiet build_ext --inplace && \
-    rm -rf build
+RUN python3 setup.py --quiet build_ext --inplace && rm -rf build
 USER 1000:1000
 HEALTHCHECK --interval=60s --timeout=10s --start-period=10m CMD ["launch/healthy.sh"]
 ENTRYPOINT ["tini", "--", "python", "train.py"]
