@@ -36,7 +36,7 @@ Reduction = Literal["auto", "all_reduce", "gather", "one_shot"]
 """How a group adds up its messages.
 
 "auto": on CPUs, the ranks of one host read each other's messages out of memory that they share and add them up in the
-order of ranks; of several hosts, the first rank of each adds up with the others by all_reduce. On GPUs, under
+order of ranks, by pairs; of several hosts, the first rank of each adds up with the others by all_reduce. On GPUs, under
 torch.compile, and where no memory can be shared, it is "all_reduce". "all_reduce": by the backend's all_reduce, whose
 message does not grow with the ranks. "gather": each rank's row reaches all and is merged in the order of ranks, the
 same bits in every run and exact at any |mean| / sqrt(var); through shared memory where "auto" would use it, on one

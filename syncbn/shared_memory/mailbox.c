@@ -25,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LINE = 64, NONCE = 16, CAPACITY = 8192 };     // bytes, bytes, doubles
+enum { LINE = 64, NONCE = 16, CAPACITY = 8192, PIECE = 256 };  // bytes, bytes, doubles, doubles
 enum { SUM, ROWS, FIRST };                           // what a rank reads
 enum { COMPLETE, WAITING, LENGTHS_DIFFER, CLOSED };  // what a call returns
 enum { COMING, ARRIVED, GONE };                      // what a rank is about the message that is waited for
@@ -170,18 +170,31 @@ static bool wait_for_all(struct mailbox *box) {
     return false;
 }
 
+/* out [n]: the sum of ranks' rows from place `from` on, in pairs, pairs of pairs, and so on: hosts of equal powers of two
+   of ranks that add up their sums by pairs come to the same bits. */
+static void add_up(const struct mailbox *box, uint32_t first, uint32_t ranks, size_t from, size_t n, double *out) {
+    if (ranks == 1) {
+        memcpy(out, slot(box, first) + from, n * sizeof(double));
+        return;
+    }
+    uint32_t left = 1;
+    while (2 * left < ranks) left *= 2;
+    double right[PIECE];
+    add_up(box, first, left, from, n, out);
+    add_up(box, first + left, ranks - left, from, n, right);
+    for (size_t i = 0; i < n; i++) out[i] += right[i];
+}
+
 static int read_rows(struct mailbox *box, size_t n, double *out, int what) {
     box->read = box->sequence;
     for (uint32_t rank = 0; rank < box->ranks; rank++)
         if (box->shared->cards[rank].lengths[box->sequence % 2] != n) return LENGTHS_DIFFER;
-    memcpy(out, slot(box, 0), n * sizeof(double));
-    for (uint32_t rank = 1; rank < box->ranks && what != FIRST; rank++) {
-        const double *row = slot(box, rank);
-        if (what == ROWS)
-            memcpy(out + rank * n, row, n * sizeof(double));
-        else
-            for (size_t i = 0; i < n; i++) out[i] += row[i];
-    }
+    if (what == SUM)
+        for (size_t from = 0; from < n; from += PIECE)
+            add_up(box, 0, box->ranks, from, n - from < PIECE ? n - from : PIECE, out + from);
+    else
+        for (uint32_t rank = 0; rank < (what == ROWS ? box->ranks : 1); rank++)
+            memcpy(out + rank * n, slot(box, rank), n * sizeof(double));
     return COMPLETE;
 }
 
@@ -192,7 +205,7 @@ int mailbox_finish(struct mailbox *box, size_t n, double *out, int what) {
 }
 
 /* Leave row [n], n <= CAPACITY, and read what all left: into out, [n] their sum or the first rank's row, or [ranks, n]
-   all rows. Rows are added up in the order of ranks. out may be row, unless it is for all rows; row is NULL where
+   all rows. Rows are added up by pairs in the order of ranks. out may be row, unless it is for all rows; row is NULL where
    nobody reads it. */
 int mailbox_share(struct mailbox *box, const double *row, size_t n, double *out, int what) {
     if (!box || box->read != box->sequence) return CLOSED;

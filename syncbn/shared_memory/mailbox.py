@@ -84,7 +84,7 @@ class Mailbox:
         _open.add(self)
 
     def add(self, row: Tensor) -> None:
-        """Make row [n] the sum of all ranks' rows, in the order of ranks: the same bits on every rank, in every run."""
+        """Make row [n] the sum of all ranks' rows, by pairs in their order: the same bits everywhere, in all runs."""
         self._replace(row, _SUM)
 
     def take_first(self, row: Tensor) -> None:
