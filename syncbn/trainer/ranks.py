@@ -86,7 +86,8 @@ def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, f
         finally:
             _end(ranks, received)
     codes = {rank: process.poll() for rank, process in enumerate(ranks)}
-    return Ends({rank: code or 0 for rank, code in codes.items()}, received[0] if received else None)
+    ends = {rank: -signal.SIGKILL if code is None else code for rank, code in codes.items()}
+    return Ends(ends, received[0] if received else None)
 
 
 def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -113,11 +114,13 @@ def _over(ranks: Sequence[Rank]) -> bool:
 
 
 def _end(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> None:
-    """Wait for the end of all; those that run are told, and killed in the end."""
+    """Wait for the end of all; those that run are told, killed, and given up if the kernel cannot end them."""
     deadline = time.monotonic() + PATIENCE_S
     passed_on = 0
     _signal(ranks, received[0] if received else signal.SIGTERM)
     while any(rank.poll() is None for rank in ranks):
+        if time.monotonic() > deadline + PATIENCE_S:
+            return
         if time.monotonic() > deadline:
             _signal(ranks, signal.SIGKILL)
         for number in received[max(1, passed_on) :]:

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import pytest
 
-from syncbn.trainer import nursery
+from syncbn.trainer import nursery, ranks
 from tests.launch.jobs import PYTHON, ROOT, command_of, descendants, job, running
 
 SMALL = ["launch.nproc=2", "wandb.mode=disabled", "data.workers=0", "run.name=r", "train.steps=1000000"]
@@ -34,9 +35,9 @@ def test_a_nursery_has_one_thread():
 
 def test_ranks_are_forked_and_ps_shows_which_they_are(tmp_path):
     with training(tmp_path / "runs") as started:
-        ranks, parent = until_trains(started)
-        assert sorted(ranks) == [0, 1]
-        for rank, pid in ranks.items():
+        started_ranks, parent = until_trains(started)
+        assert sorted(started_ranks) == [0, 1]
+        for rank, pid in started_ranks.items():
             assert command_of(pid).startswith(f"syncbn: rank {rank} of 2, ")
             assert os.getpgid(pid) == pid
             assert pid in descendants(parent)
@@ -87,14 +88,29 @@ def test_a_signal_to_every_process_at_once_saves_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_in_its_end_is_killed(tmp_path):
     with training(tmp_path / "runs") as started:
-        ranks, _ = until_trains(started)
-        os.kill(ranks[1], signal.SIGSTOP)
-        os.kill(ranks[0], signal.SIGKILL)
+        running_ranks, _ = until_trains(started)
+        os.kill(running_ranks[1], signal.SIGSTOP)
+        os.kill(running_ranks[0], signal.SIGKILL)
         before = time.monotonic()
         assert started.wait(90) == 1, started.said
         assert time.monotonic() - before > 25
         assert "rank 0 was ended by SIGKILL" in started.said
         assert not started.left_over()
+
+
+class Stuck:
+    """A process that waits in the kernel, for a disk that is gone say."""
+
+    pid = 2**22 + 1  # no process has it
+
+    def poll(self):
+        return None
+
+
+def test_a_rank_that_the_kernel_cannot_end_is_given_up_and_counts_as_killed():
+    named = {"PATIENCE_S": 0.2, "_start": lambda *_: Stuck(), "_over": lambda _: True}
+    with patch.multiple(ranks, **named):
+        assert ranks.run_ranks("config", 2, [], forked=False).exit_codes == {0: -9, 1: -9}
 
 
 @pytest.mark.slow
