@@ -1,13 +1,18 @@
 """What the trainer costs: images/s of its loop against a bare DDP loop with the same model and batch.
 
-    torchrun --nproc-per-node 2 benchmarks/trainer.py
+    torchrun --nproc-per-node 2 -m benchmarks.trainer
+    torchrun --nproc-per-node 2 -m benchmarks.trainer --default-job
 
-Three loops take turns in the same processes, a few steps at a time, so that a slow minute of the machine meets all of
-them; the medians over the turns are compared.
+The loops take turns in the same processes, a few steps at a time, so that a slow minute of the machine meets all of
+them; a turn of one is compared with the same turn of the first.
 
     bare    DistributedDataParallel, nn.BatchNorm, SGD, one batch that is already in memory: no data, no metrics
     local   the trainer with norm=local: reading, augmentation, metrics and schedule included
     sync    the trainer with norm=sync
+    fused   and norm.fuse=true
+    drift   norm=sync with drift measured at level image, read and judged at its log steps
+
+--default-job takes the data, model, batch and log steps of `python train.py`, and leaves bare out.
 """
 
 import argparse
@@ -22,10 +27,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import loop, models, world
+from syncbn.trainer import drift, loop, models, world
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.run import assemble, build
 from syncbn.trainer.world import World
@@ -65,29 +71,57 @@ class NoImages:
         return iter(())
 
 
-class Speed:
-    """An observer that keeps the last speed."""
-
-    images_per_s = 0.0
-
-    def stepped(self, step: int) -> None: ...
-    def evaluating(self, step: int) -> None: ...
-    def log(self, step: int, figures: dict[str, float], reading: Any = None) -> None:
-        self.images_per_s = figures.get("train/images_per_s", self.images_per_s)
-
-
 def trainer_loop(config: Config, ranks: World):
-    """images/s of so many steps of loop.fit, as it logs them; its eval set is left empty."""
+    """images/s of so many steps of loop.fit; its eval set is left empty."""
     parts = build(config, ranks)
     parts.data = parts.data._replace(eval=cast(Any, NoImages()))
-    training, speed = assemble(parts, config, ranks), Speed()
+    training = assemble(parts, config, ranks)
+    training.drift = drift.monitor(parts.model, config.drift)
+    log_every = config.train.log_every if training.drift else 10**9
 
     def run(steps: int) -> float:
-        until = replace(config.train, steps=training.step + steps, log_every=10**9, eval_every=10**9)
-        loop.fit(training, until, ranks, speed)
-        return speed.images_per_s
+        until = replace(config.train, steps=training.step + steps, log_every=log_every, eval_every=10**9)
+        began = time.perf_counter()
+        loop.fit(training, until, ranks, drift_every=config.drift.every)
+        return steps * parts.data.global_batch / (time.perf_counter() - began)
 
     return run
+
+
+# What each of the trainer's loops is besides the others
+LOOPS: dict[str, dict[str, Any]] = {
+    "local": {"norm": {"name": "local"}},
+    "sync": {"norm": {"name": "sync"}},
+    "fused": {"norm": {"name": "sync", "fuse": True}},
+    "drift": {"norm": {"name": "sync"}, "drift": {"level": "image"}},
+}
+
+
+def default_job(name: str, options: argparse.Namespace) -> Config:
+    return typed({"drift": {"level": "off"}, "launch": {"device": "cpu"}, **LOOPS[name], **digits()})
+
+
+def digits() -> dict[str, Any]:
+    """What conf/ adds to the defaults of the dataclasses."""
+    return {"data": OmegaConf.to_container(OmegaConf.load("conf/data/digits.yaml"))}
+
+
+def fake_images(name: str, options: argparse.Namespace) -> Config:
+    images = {"name": "fake", "fake_samples": 20 * options.batch, "batch_per_rank": options.batch, "cache": True}
+    return typed(
+        {
+            "data": {**images, "augment": {"pad": 4, "flip": True}},
+            "model": {"name": options.model},
+            "drift": {"level": "off"},
+            "train": {
+                "precision": options.precision,
+                "channels_last": not options.compile,
+                "compile": options.compile,
+            },
+            "launch": {"device": "cpu"},
+            **LOOPS[name],
+        }
+    )
 
 
 def main() -> None:
@@ -99,30 +133,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="turns of each loop")
     parser.add_argument("--json", type=Path, help="append a JSON line for each loop")
     parser.add_argument("--compile", action="store_true", help="torch.compile in the trainer's loops, and NCHW")
+    parser.add_argument("--default-job", action="store_true", help="the data and model of `python train.py`")
     parser.add_argument("--default-scheduler", action="store_true", help="leave out world.schedule_as_batch")
     options = parser.parse_args()
     if options.default_scheduler:
         world.schedule_as_batch = lambda: None
 
-    def config(norm: str) -> Config:
-        images = {"name": "fake", "fake_samples": 20 * options.batch, "batch_per_rank": options.batch, "cache": True}
-        return typed(
-            {
-                "data": {**images, "augment": {"pad": 4, "flip": True}},
-                "model": {"name": options.model},
-                "norm": {"name": norm},
-                "train": {
-                    "precision": options.precision,
-                    "channels_last": not options.compile,
-                    "compile": options.compile,
-                },
-                "launch": {"device": "cpu"},
-            }
-        )
-
-    ranks = world.join(config("sync").launch, world.meet())
-    loops = {"bare": bare_loop(config("local"), ranks)}
-    loops |= {norm: trainer_loop(config(norm), ranks) for norm in ("local", "sync")}
+    config = default_job if options.default_job else fake_images
+    ranks = world.join(config("sync", options).launch, world.meet())
+    loops = {} if options.default_job else {"bare": bare_loop(config("local", options), ranks)}
+    loops |= {name: trainer_loop(config(name, options), ranks) for name in LOOPS}
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(-1, options.turns):  # the first warms up: it reads every image once
         for name, run in loops.items():
@@ -135,14 +155,16 @@ def main() -> None:
 
 
 def report(speeds: dict[str, list[float]], options: argparse.Namespace, ranks: World) -> None:
+    job = f"{options.model}, {ranks.size} ranks × {options.batch} images, {options.precision}, channels_last"
     print(
-        f"{options.model}, {ranks.size} ranks × {options.batch} images, {options.precision}, channels_last; "
+        f"{'the default job' if options.default_job else job}; "
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{options.turns} turns of {options.steps} steps"
     )
-    print(f"{'loop':<6} {'images/s':>9} {'quartiles':>15} {'of bare, turn by turn: median (quartiles)':>44}")
+    first, of_first = next(iter(speeds.items()))
+    print(f"{'loop':<6} {'images/s':>9} {'quartiles':>15} {f'of {first}, turn by turn: median (quartiles)':>44}")
     for name, values in speeds.items():
-        ratios = [mine / bare for mine, bare in zip(values, speeds["bare"], strict=True)]
+        ratios = [mine / other for mine, other in zip(values, of_first, strict=True)]
         low, middle, high = statistics.quantiles(values, n=4)
         r_low, r_middle, r_high = statistics.quantiles(ratios, n=4)
         print(f"{name:<6} {middle:9.0f} {low:7.0f} {high:7.0f} {r_middle:29.3f} ({r_low:.3f} {r_high:.3f})")
