@@ -26,12 +26,15 @@ WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
 
 @dataclass
 class DriftConfig:
-    level: str = "image"  # what to compare between ranks at each log step: image (ranks and images), rank, or off
-    alpha: float = 1e-3  # chance of a false alarm that is taken at each log step
+    level: str = "image"  # what to compare between ranks: image (ranks and images), rank, or off
+    every: int = 100  # steps from one reading to the next, at a log step; each eval has one too
+    alpha: float = 1e-3  # chance of a false alarm that is taken at each reading
 
     def __post_init__(self) -> None:
         if self.level not in ("image", "rank", "off"):
             raise UserError(f"drift.level={self.level}: choose one of image, rank, off")
+        if self.every < 1:
+            raise UserError(f"drift.every={self.every}: give 1 (at each log step) or more")
         if not 0 < self.alpha < 1:
             raise UserError(f"drift.alpha={self.alpha}: give a probability between 0 and 1, such as 0.001")
 

@@ -96,11 +96,13 @@ def fit(
     keeper: Keeper | None = None,
     *,
     save_every: int | None = None,
+    drift_every: int = 1,
     stop: Stop | None = None,
     capture: Capture = cuda_graph,
 ) -> dict[str, float]:
     """Train to the end, from wherever the training is, evaluating on the way; the figures of the last evaluation.
 
+    drift_every: steps from one reading of training.drift to the next, at a log step; each evaluation has one too.
     Raises Preempted once stop has been asked, and BadSteps after config.max_bad_steps in a row.
 
     Collective: every rank calls it with the same arguments, but only rank 0 needs an observer.
@@ -132,7 +134,8 @@ def fit(
             evaluating = at_end or training.step % eval_every == 0
             if evaluating or training.step % config.log_every == 0:
                 trained = read(training, config, batches)
-                reading = training.drift.read() if training.drift else None
+                due = evaluating or training.step % drift_every < config.log_every
+                reading = training.drift.read() if training.drift and due else None
                 if observer:
                     observer.log(training.step, trained, reading)
             if save_every and training.step % save_every == 0 and not evaluating:

@@ -102,7 +102,8 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
     """Train to the end, or until it is asked to end: the exit code, which rank 0's is. Collective."""
     keeper = Keeper(ranks, watch)
     try:
-        fit(training, config.train, ranks, watch, keeper, save_every=config.checkpoint.every, stop=stop)
+        intervals = {"save_every": config.checkpoint.every, "drift_every": config.drift.every}
+        fit(training, config.train, ranks, watch, keeper, **intervals, stop=stop)
     except Preempted:
         if watch:
             watch.preempted(training.step)

@@ -44,16 +44,18 @@ def train(rank, overrides):
     parts = build(config, world)
     training = assemble(parts, config, world)
     training.drift, training.recalibrate = drift.monitor(parts.model, config.drift), config.eval.recalibrate
-    figures = loop.fit(training, config.train, world, log, log)
+    figures = loop.fit(training, config.train, world, log, log, drift_every=config.drift.every)
     return log.readings, log.lines, training.model.module.state_dict(), figures
 
 
 STEPS = {"train": {"steps": 40, "log_every": 10}}
 
 
-def test_drift_is_read_at_each_log_step():
-    readings, _, _, _ = run_ranks(train, 2, STEPS)[0]
-    assert [step for step, _ in readings] == [10, 20, 30, 40]
+@pytest.mark.parametrize("every, steps", [(1, [10, 20, 30, 40]), (15, [20, 25, 30, 40]), (100, [25, 40])], ids=str)
+def test_drift_is_read_so_many_steps_apart_and_before_each_eval(every, steps):
+    train_options = {**STEPS["train"], "eval_every": 40 if every == 1 else 25}
+    readings, _, _, _ = run_ranks(train, 2, {"train": train_options, "drift": {"every": every}})[0]
+    assert [step for step, _ in readings] == steps
     assert list(readings[-1][1].layers) == [
         "bn1", *(f"blocks.{b}.bn{n}" for b in range(3) for n in (1, 2))
     ]  # fmt: skip
@@ -133,6 +135,7 @@ def test_recalibrating_leaves_frozen_layers_as_they_are():
     [
         ({"level": "pixel"}, "drift.level=pixel: choose one of image, rank, off"),
         ({"alpha": 2.0}, "drift.alpha=2.0: give a probability"),
+        ({"every": 0}, "drift.every=0: give 1"),
     ],
 )
 def test_bad_settings_are_refused(settings, says):
