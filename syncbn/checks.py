@@ -33,6 +33,8 @@ def check_inputs(
     activation: Activation,
 ) -> Tensor | None:
     """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
+    if mask is None and residual is None and _plainly_fit(x, weight, bias, channels, eps, activation):
+        return None
     check_activation(activation)
     _check_tensors(x, weight=weight, bias=bias)
     if not x.is_floating_point():
@@ -49,6 +51,24 @@ def check_inputs(
         if parameter is not None and parameter.numel() != channels:
             raise ValueError(f"x has {channels} channels but {name} has {parameter.numel()}: they must match")
     return check_beside(x, mask, residual)
+
+
+def _plainly_fit(
+    x: Any, weight: Tensor | None, bias: Tensor | None, channels: int, eps: float, activation: Activation
+) -> bool:
+    """Whether x and the parameters pass all that follows, by the shortest way: a layer of a small map is in a hurry."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.is_floating_point()
+        and x.dim() > 1
+        and x.size(1) == channels
+        and x.numel() > 0
+        and eps >= 0
+        and (weight is None or (isinstance(weight, Tensor) and weight.is_cpu and weight.numel() == channels))
+        and (bias is None or (isinstance(bias, Tensor) and bias.is_cpu and bias.numel() == channels))
+        and activation in (None, "relu")
+    )
 
 
 def check_beside(x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor | None:

@@ -327,10 +327,13 @@ def store() -> dist.distributed_c10d.Store:
 class Witness(Protocol):
     """Somebody who marks a layer's messages, to notice when ranks send those of different layers to each other.
 
+    marks: whether its stamps travel.
     stamp: [2] float64, which travels with the message about to be sent; None on every rank: none does.
     received: is given the sum [2] of the stamps of the group's `size` ranks.
     """
 
+    @property
+    def marks(self) -> bool: ...
     def stamp(self, direction: Direction, group: ProcessGroup, device: torch.device) -> Tensor | None: ...
     def received(self, direction: Direction, stamps: Tensor | None, size: int) -> None: ...
 
@@ -370,6 +373,45 @@ def refuse(channels: int, exchange: Exchange, device: torch.device) -> None:
     """Send NaN for moments, as this rank is about to raise: its peers are told, and none is left waiting."""
     if exchange.group is not None:
         _share(torch.full((2 * channels + 1,), torch.nan, dtype=torch.float64, device=device), exchange, "forward")
+
+
+class Line(NamedTuple):
+    """A message that C sends itself.
+
+    addresses: of shared_memory's mailbox_share and of the mailbox; 0 for a lone rank, whose message goes nowhere.
+    """
+
+    addresses: tuple[int, int]
+    mailbox: Mailbox | None
+    exchange: Exchange
+    direction: Direction
+
+    def ended(self, answer: int = 0, row: Tensor | None = None) -> None:
+        """To be called once C has tried. answer: what mailbox_share returned; if not 0, row becomes the sum yet."""
+        group, _, witness = self.exchange
+        if answer:
+            assert self.mailbox is not None
+            assert row is not None
+            self.mailbox.finish(answer, row)
+        if witness is not None and group is not None:
+            witness.received(self.direction, None, group.size())
+
+
+_NOWHERE = Line((0, 0), None, Exchange(None), "forward")
+
+
+def line(exchange: Exchange, values: int, device: torch.device, direction: Direction) -> Line | None:
+    """Where C may send a message of so many values, which then counts as sent; None where it goes another way."""
+    group, reduction, witness = exchange
+    if group is None:
+        return _NOWHERE
+    memory = _memories.get(group) if reduction == "auto" else None
+    if memory is None or memory.hosts > 1 or values > shared_memory.CAPACITY or (witness and witness.marks):
+        return None
+    if witness is not None:
+        witness.stamp(direction, group, device)
+    assert memory.mailbox is not None
+    return Line(memory.mailbox.addresses, memory.mailbox, exchange, direction)
 
 
 def _share(message: Tensor, exchange: Exchange, direction: Direction) -> Tensor:

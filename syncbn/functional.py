@@ -9,7 +9,7 @@ from torch import Tensor
 from syncbn import checks, collectives, composed, kernels
 from syncbn.checks import Activation
 from syncbn.collectives import Exchange, Group, Reduction
-from syncbn.kernels import Affine, Form, Local, Running, to_stats, unpacked
+from syncbn.kernels import Affine, Form, Kernels, Running, Slot, Stopped, to_stats, unpacked
 from syncbn.moments import Moments
 
 
@@ -17,13 +17,16 @@ class Observer(Protocol):
     """Somebody who looks at what a layer's batch was, on this rank and in its group.
 
     per_image: whether to measure what differs between images.
-    observe: is given kernels.Local's packed and between_images, and the Moments of the whole batch. It may be compiled,
-        and must not wait for the device.
+    observe: is given kernels.Local's packed and between_images, and the stats of the whole batch, before the running
+        buffers move. It may be compiled, and must not wait for the device.
+    slot: where C may leave the same itself, after which it is `filled`; None if it is to be observed.
     """
 
     per_image: bool
+    filled: int
 
-    def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None: ...
+    def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, stats: Tensor) -> None: ...
+    def slot(self, form: Form) -> Slot | None: ...
 
 
 # An input that needs a gradient whatever the others do, so that backward, and its collective, runs on every rank
@@ -127,9 +130,9 @@ def batch_norm(
         return _batch_norm_to_transform(x, weight, bias, mask, residual, call)
     anchor = None if exchange.group is None or x.requires_grad else _ANCHOR
     running = call.running
-    if running is None or not (call.observer is not None or torch.compiler.is_compiling()):
+    if running is None or not torch.compiler.is_compiling():
         return _BatchNorm.apply(x, weight, bias, residual, anchor, mask, call)
-    # An observer compares the batch with the buffers as they were; compiled, a Function may not change its inputs
+    # Compiled, a Function may not change its inputs
     y, stats = _BatchNorm.apply(x, weight, bias, residual, anchor, mask, call._replace(running=None))
     kernels.choose(x).update_running(running, stats)
     return y, stats
@@ -138,24 +141,16 @@ def batch_norm(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, anchor, mask, call):
-        exchange, eps, activation, running, observer, known = call
-        relu = activation == "relu"
-        kernel, form = kernels.choose(x), collectives.form(exchange)
-        if known is not None:
+        relu = call.activation == "relu"
+        kernel, affine = kernels.choose(x), Affine(weight, bias, relu, call.eps)
+        if call.known is not None:
             # Their first part is a row, see moments.to_row
-            local, shared = Local(known), known[: 2 * x.size(1) + 1].unsqueeze(0)
+            shared = call.known[: 2 * x.size(1) + 1].unsqueeze(0)
+            y, stats = kernel.normalize(x, shared, affine, residual, call.running)
         else:
-            local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
-            shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
-            enough = mask is None and x.numel() > x.size(1)
-            if exchange.group is not None or not enough:
-                checks.check_count(shared, x.shape, enough)
-        affine = Affine(weight, bias, relu, eps)
-        y, stats = kernel.normalize(x, shared, affine, residual, running, local.work)
-        if observer is not None:
-            observer.observe(local.packed, form, local.between_images, unpacked(stats)[0])
-        ctx.needs_y = relu and (kernel.NEEDS_Y or residual is not None)
-        ctx.save_for_backward(x, stats, weight, bias, mask, y if ctx.needs_y else None)
+            y, stats = _forward(kernel, x, mask, affine, residual, call)
+        needs_y = relu and (kernel.NEEDS_Y or residual is not None)
+        ctx.save_for_backward(x, stats, weight, bias, mask, y if needs_y else None)
         ctx.call, ctx.added = call, residual is not None
         ctx.mark_non_differentiable(stats)
         # Or backward would begin by filling a gradient of stats with zeros
@@ -170,15 +165,72 @@ class _BatchNorm(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else dy
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or composed.batched(dy)):
             return *_backward_to_differentiate(ctx, dy, x, weight, bias, mask, y), None, None, None
-        kernel, affine = kernels.choose(x), Affine(weight, bias, activation == "relu", eps)
-        packed, dweight, dbias, g = kernel.grad_sums(dy, x, stats, affine, y)
-        # Whatever this rank needs of it, its peers need its part
-        sums = collectives.share_sums(packed, exchange)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            past_relu = affine if y is None else affine._replace(relu=False)
-            dx = kernel.grad_input(g, x, stats, past_relu, sums, mask)
+        affine = Affine(weight, bias, activation == "relu", eps)
+        dx, dweight, dbias, g = _backward(dy, x, stats, affine, y, mask, exchange, ctx.needs_input_grad[0])
         return dx, dweight, dbias, g if ctx.added else None, None, None, None
+
+
+def _forward(
+    kernel: Kernels, x: Tensor, mask: Tensor | None, affine: Affine, residual: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """y and stats of a batch that all ranks tell each other of; the observer is told, and the running buffers move."""
+    exchange, running, observer, form = call.exchange, call.running, call.observer, collectives.form(call.exchange)
+    line = slot = None
+    if (whole := kernel.WHOLE) is not None:
+        slot = None if observer is None or running is None else observer.slot(form)
+        if observer is None or slot is not None:
+            line = collectives.line(exchange, 2 * x.size(1) + 1, x.device, "forward")
+    if whole is None or line is None:
+        local = kernel.moments(x, mask, form, observer is not None and observer.per_image)
+        shared = collectives.share_moments(local.packed if observer is None else local.packed.clone(), exchange)
+    else:
+        done = whole.forward(x, mask, form, affine, residual, running, line.addresses, slot)
+        if not isinstance(done, Stopped):
+            line.ended()
+            if observer is not None:
+                observer.filled += 1
+            return done
+        local, shared, answer = done
+        line.ended(answer, shared)
+    enough = mask is None and x.numel() > x.size(1)
+    if exchange.group is not None or not enough:
+        checks.check_count(shared, x.shape, enough)
+    y, stats = kernel.normalize(x, shared, affine, residual, None if observer else running, local.work)
+    if observer is not None:
+        # It compares the batch with the buffers as they were
+        observer.observe(local.packed, form, local.between_images, stats)
+        if running is not None:
+            kernel.update_running(running, stats)
+    return y, stats
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    affine: Affine,
+    y: Tensor | None,
+    mask: Tensor | None,
+    exchange: Exchange,
+    wants_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dx, if it is wanted, dweight, dbias and g. Whatever this rank needs of the sums, its peers need its part."""
+    kernel = kernels.choose(x)
+    whole = kernel.WHOLE
+    line = None if whole is None else collectives.line(exchange, 2 * x.size(1), x.device, "backward")
+    if whole is None or line is None:
+        packed, dweight, dbias, g = kernel.grad_sums(dy, x, stats, affine, y)
+        sums = collectives.share_sums(packed, exchange)
+    else:
+        dx, dweight, dbias, g, answer = whole.backward(dy, x, stats, affine, y, mask, line.addresses, wants_dx)
+        sums = torch.empty(2 * x.size(1), dtype=torch.float64) if answer else None
+        line.ended(answer, sums)
+        if sums is None:
+            return dx, dweight, dbias, g
+    if not wants_dx:
+        return None, dweight, dbias, g
+    past_relu = affine if y is None else affine._replace(relu=False)
+    return kernel.grad_input(g, x, stats, past_relu, sums, mask), dweight, dbias, g
 
 
 def _backward_to_differentiate(ctx, dy, x, weight, bias, mask, y):

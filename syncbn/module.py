@@ -3,7 +3,7 @@
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(self: nn.Module, input: Any, *args: Any, **named: Any) -> Any:
         if isinstance(input, fx.Proxy):
-            target = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
-            return input.tracer.create_proxy("call_module", target, (input, *args), named)
+            return _as_one_call(self, input, args, named)
         return forward(self, input, *args, **named)
 
     return call
+
+
+def _as_one_call(layer: nn.Module, input: fx.Proxy, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    target = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    return input.tracer.create_proxy("call_module", target, (input, *args), named)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -109,7 +113,6 @@ class SyncBatchNorm(_BatchNorm):
         # Layers that share a Spec agree on their ranks once for all
         vars(self)["_spec"] = group if isinstance(group, Spec) else Spec(group)
 
-    @_leaf
     def forward(
         self,
         input: Tensor,
@@ -125,10 +128,14 @@ class SyncBatchNorm(_BatchNorm):
             mask: [N] or [N, 1, *S] bool, the elements that count in training's mean and variance; None for all.
             activation: "relu", or None for the layer's own.
         """
+        if isinstance(input, fx.Proxy):
+            # For torch.fx the layer is one call, as torch's own are
+            return _as_one_call(self, input, (residual, mask, activation), {})
         activation = activation or self.activation
         if not self.training:
             return self._by_running_statistics(input, residual, mask, activation)
-        return self._by_batch(input, self.weight, self.bias, mask, residual, activation)[0]
+        weight, bias = self._held(self._parameters, "weight", "bias")
+        return self._by_batch(input, weight, bias, mask, residual, activation)[0]
 
     def by_batch(
         self,
@@ -167,8 +174,17 @@ class SyncBatchNorm(_BatchNorm):
             recompute.keep(self, stats)
         return y, stats
 
+    def _held(self, by: Mapping[str, Any], *names: str) -> Sequence[Tensor | None]:
+        """The parameters or buffers of these names: getattr, which a parametrised one needs, takes the host longer."""
+        try:
+            return [by[name] for name in names]
+        except KeyError:
+            return [getattr(self, name) for name in names]
+
     def _running(self) -> Running | None:
-        mean, var, batches = *self._running_statistics(), self.num_batches_tracked
+        mean, var, batches = self._held(self._buffers, *_RUNNING, "num_batches_tracked")
+        if (mean is None) != (var is None):
+            raise ValueError(_ONE_IS_NONE)
         # Read here, as torch's layers do: whoever turns it off for a while leaves the buffers alone
         if mean is None or var is None or not self.track_running_stats:
             return None
@@ -182,7 +198,7 @@ class SyncBatchNorm(_BatchNorm):
     def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
         mean, var = self.running_mean, self.running_var
         if (mean is None) != (var is None):
-            raise ValueError("one of running_mean and running_var is None: both must be, or neither")
+            raise ValueError(_ONE_IS_NONE)
         return mean, var
 
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
@@ -279,6 +295,7 @@ def _refuse_join() -> None:
 
 OF_THIS_PROCESS = ("_has_peers", "witness", "observer")
 _RUNNING = ("running_mean", "running_var")
+_ONE_IS_NONE = "one of running_mean and running_var is None: both must be, or neither"
 _PRECISE = (torch.float32, torch.float64)
 
 

@@ -3,8 +3,10 @@
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 
+from syncbn import collectives
 from syncbn.shared_memory import Mailbox
 
 # Of each collective, where the tensor stands that is sent
@@ -12,6 +14,18 @@ SENT = {"allreduce": 0, "broadcast": 0, "allgather": 1, "_allgather_base": 1, "a
 NAMES = {"allreduce": "all_reduce", "_allgather_base": "all_gather", "all_gather_single": "all_gather"}
 THROUGH_MEMORY = {"add": "all_reduce", "gather": "all_gather"}
 LEADERS = "all_reduce of leaders"
+
+
+def recording_lines(found, real):
+    """Of the messages that C sends itself."""
+
+    def line(exchange, values, device, direction):
+        one = real(exchange, values, device, direction)
+        if one is not None and one.mailbox is not None:
+            found.append(("all_reduce", values, torch.float64))
+        return one
+
+    return line
 
 
 @contextmanager
@@ -40,6 +54,7 @@ def recorded():
         for owner, name, told, at in watched
         if hasattr(owner, name)
     ]
+    patches.append(patch.object(collectives, "line", recording_lines(found, collectives.line)))
     for one in patches:
         one.start()
     try:

@@ -173,7 +173,7 @@ class Witness:
     """Marks one layer's messages with its code, 2n forward and 2n + 1 backward, and adds up what else came along."""
 
     def __init__(self, n: int, layer: nn.Module, journal: Journal, fingerprints: bool):
-        self._journal, self._fingerprints = journal, fingerprints
+        self._journal, self.marks = journal, fingerprints
         self._codes: dict[Direction, int] = {"forward": 2 * n, "backward": 2 * n + 1}
         held = next((t for t in (*layer.parameters(), *layer.buffers())), None)
         self._place(torch.device("cpu") if held is None else held.device, 0.0)
@@ -191,7 +191,7 @@ class Witness:
             self._journal.add(group, self._codes[direction])
             if self.wrong.device != device:
                 self._place(device, float(self.wrong))
-        return self._stamps[direction] if self._fingerprints else None
+        return self._stamps[direction] if self.marks else None
 
     def received(self, direction: Direction, stamps: Tensor | None, size: int) -> None:
         if not torch.compiler.is_compiling():

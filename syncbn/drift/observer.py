@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from syncbn import kernels
 from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
-from syncbn.kernels import Form
+from syncbn.kernels import Form, Slot, unpacked
 from syncbn.moments import Moments
 
 # Forwards that are added up at a time, of all layers together: so that one costs a small copy and little more
@@ -119,6 +119,7 @@ class Observer:
         self.per_image, self.filled, self._form = per_image, 0, "row"
         self.layer, self._store, self._channels = layer, store, layer.num_features
         self._slots, self._running, self._is_message = slots, running, is_message
+        self._slot = [_apart(row, before, per_image) for row, before in zip(slots, running, strict=True)]
         self._place(slots.device)
         layer.observer = self
 
@@ -144,30 +145,41 @@ class Observer:
         self._form = form
         self._is_message.fill_(form == "message")
 
-    def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, moments: Moments) -> None:
+    def slot(self, form: Form) -> Slot | None:
+        """The next one, for a forward on the CPU."""
+        running = self.layer.running_mean
+        if running is None or running.dtype != self._running.dtype or not self._slots.is_cpu:
+            return None
+        self._make_room(form)
+        return self._slot[self.filled]
+
+    def observe(self, packed: Tensor, form: Form, between_images: Tensor | None, stats: Tensor) -> None:
         layer, between = self.layer, self._nothing if between_images is None else between_images
         mean, var = layer.running_mean, layer.running_var
         if mean is None:
+            moments, _ = unpacked(stats)
             mean, var = moments.mean, moments.unbiased_var
         if _is_recorded(packed):
-            self._add(packed, form, between, moments, Running(mean, var))
+            self._add(packed, form, between, stats, Running(mean, var))
             return
         if self._slots.device != packed.device:
             # The model was moved
             if self.sums.device != packed.device:
                 self._place(packed.device)
-            self._add(packed, form, between.to(packed.device), moments, Running(mean, var))
+            self._add(packed, form, between.to(packed.device), stats, Running(mean, var))
             return
-        if form != self._form or self.filled == _SLOTS:
-            self._store.settle()
-            self._begin(form)
-        parts = (packed, moments.mean, moments.m2, moments.count.view(1), between)
-        torch.cat(parts, out=self._slots[self.filled])
+        self._make_room(form)
+        torch.cat((packed, stats.narrow(0, 0, packed.size(0)), between), out=self._slots[self.filled])
         torch.cat((mean, var), out=self._running[self.filled])
         self.filled += 1
 
-    def _add(self, packed: Tensor, form: str, between: Tensor, moments: Moments, running: Running) -> None:
-        n, eps = self._channels, self.layer.eps
+    def _make_room(self, form: str) -> None:
+        if form != self._form or self.filled == _SLOTS:
+            self._store.settle()
+            self._begin(form)
+
+    def _add(self, packed: Tensor, form: str, between: Tensor, stats: Tensor, running: Running) -> None:
+        n, eps, (moments, _) = self._channels, self.layer.eps, unpacked(stats)
         first, second, count = packed.unsqueeze(0).split([n, n, 1], dim=1)
         local = _moments(count, self._of, first, second, form == "message")
         whole = Moments(moments.count.view(1, 1), moments.mean.unsqueeze(0), moments.m2.unsqueeze(0))
@@ -277,6 +289,11 @@ def _moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: 
         return Moments(count, first, second)
     m2 = (second - first * mean).clamp(min=0)
     return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
+
+
+def _apart(row: Tensor, before: Tensor, per_image: bool) -> Slot:
+    packed, whole, between = row.tensor_split([2 * (n := before.size(0) // 2) + 1, 4 * n + 2])
+    return Slot(packed, whole, between if per_image else None, before)
 
 
 def _orders(channels: Sequence[int]) -> tuple[Tensor, Tensor]:

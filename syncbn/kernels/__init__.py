@@ -7,9 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.kernels import eager, native
-from syncbn.kernels.contract import Affine, Form, Kernels, Local, Running, Sums, to_stats, unpacked
+from syncbn.kernels.contract import Affine, Form, Kernels, Local, Running, Slot, Stopped, Sums, to_stats, unpacked
 
-__all__ = ["Affine", "Form", "Kernels", "Local", "Running", "Sums", "choose", "in_use", "to_stats", "unpacked"]
+__all__ = [
+    "Affine",
+    "Form",
+    "Kernels",
+    "Local",
+    "Running",
+    "Slot",
+    "Stopped",
+    "Sums",
+    "choose",
+    "in_use",
+    "to_stats",
+    "unpacked",
+]
 
 
 def choose(x: Tensor) -> Kernels:

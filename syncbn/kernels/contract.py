@@ -9,6 +9,10 @@ Four passes over x, of which nothing waits for the host; those behind a message 
 
     update_running(running, stats)                                as in moments.py, in place; where normalize did not
 
+Kernels that are WHOLE have a `forward` and a `backward` too, which do two of them each, and send the message in between
+through a Wire: of a small map the calls cost more than what they do. If the message is not finished at once they return
+what there is.
+
 x, y, dy, g, dx and residual are [N, C, *S] and keep dtype and memory format. Everything per channel is [C]; shared,
 stats and sums are float64, whatever x is, and (x - mean) keeps its digits however far mean is from zero. N or *S may be
 empty: then moments and sums are zero. mask is a bool tensor that broadcasts to x, or None: moments are those of the
@@ -91,16 +95,61 @@ def to_stats(moments: Moments, invstd: Tensor) -> Tensor:
     return torch.cat([moments.mean, moments.m2, moments.count.view(1), invstd])
 
 
+# Where C finds what adds up a message: shared_memory's mailbox_share and a mailbox; 0 for a rank that is alone
+Wire = tuple[int, int]
+
+
+class Slot(NamedTuple):
+    """Where an observer keeps a forward.
+
+    packed, between_images: of Local, the latter None if not asked for. whole: [2C + 1], the row of the whole batch.
+    running: [2C], mean and var of the running buffers before they move, typed as they are.
+    """
+
+    packed: Tensor
+    whole: Tensor
+    between_images: Tensor | None
+    running: Tensor
+
+
+class Stopped(NamedTuple):
+    """Where `forward` came no further: at a message that is unfinished, or which check_count would refuse.
+
+    shared: the sum of the messages, or the lone rank's row [1, 2C + 1]; not yet if answer, of share, is not 0.
+    """
+
+    local: Local
+    shared: Tensor
+    answer: int
+
+
+class Backward(NamedTuple):
+    """What `backward` came to.
+
+    dx: as grad_input returns it, None if it was not wanted; without value yet if answer, of share, is not 0.
+    dweight, dbias, g: as in Sums.
+    """
+
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    g: Tensor
+    answer: int
+
+
 class Kernels(Protocol):
     """A module that keeps the contract.
 
     NEEDS_Y: whether grad_sums needs y for any relu, or only where a residual was added.
+    WHOLE: what has `forward` and `backward`, or None.
     """
 
     __name__: str
 
     @property
     def NEEDS_Y(self) -> bool: ...
+    @property
+    def WHOLE(self) -> "Whole | None": ...
 
     def moments(self, x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local: ...
     def normalize(
@@ -117,3 +166,30 @@ class Kernels(Protocol):
     def grad_input(
         self, g: Tensor, x: Tensor, stats: Tensor, affine: Affine, sums: Tensor, mask: Tensor | None
     ) -> Tensor: ...
+
+
+class Whole(Protocol):
+    """Forward and backward, the message in between included. slot: where an observer has what it asks for."""
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        form: Form,
+        affine: Affine,
+        residual: Tensor | None,
+        running: Running | None,
+        wire: Wire,
+        slot: Slot | None,
+    ) -> tuple[Tensor, Tensor] | Stopped: ...
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        affine: Affine,
+        y: Tensor | None,
+        mask: Tensor | None,
+        wire: Wire,
+        wants_dx: bool,
+    ) -> Backward: ...

@@ -27,6 +27,7 @@ _BLOCK = 2**18
 
 
 NEEDS_Y = True
+WHOLE = None
 
 
 def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:

@@ -15,6 +15,7 @@ from syncbn.moments import Moments, to_message, to_row
 __all__ = ["grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
 NEEDS_Y = True
+WHOLE = None
 
 
 def moments(x: Tensor, mask: Tensor | None, form: Form, per_image: bool = False) -> Local:

@@ -5,6 +5,6 @@ where mailbox.c was not built, `agree` returns None.
 """
 
 from syncbn.shared_memory.agreement import Agreement, agree
-from syncbn.shared_memory.mailbox import Mailbox, available
+from syncbn.shared_memory.mailbox import CAPACITY, Mailbox, available
 
-__all__ = ["Agreement", "Mailbox", "agree", "available"]
+__all__ = ["CAPACITY", "Agreement", "Mailbox", "agree", "available"]

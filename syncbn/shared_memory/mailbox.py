@@ -42,7 +42,7 @@ def _load() -> Any:
 
 
 _library = _load()
-_CAPACITY = ctypes.c_size_t.in_dll(_library, "mailbox_capacity").value if _library else 0
+CAPACITY = ctypes.c_size_t.in_dll(_library, "mailbox_capacity").value if _library else 0
 
 
 def available() -> bool:
@@ -57,6 +57,9 @@ def size_bytes(ranks: int) -> int:
 
 class Mailbox:
     """Where the ranks of a group that are on one host leave rows of float64 for each other.
+
+    addresses: of mailbox.c's mailbox_share and of the box, for C to add a row of up to CAPACITY values as `add` does.
+        If that does not return 0, the message is to be gone on with by `finish`.
 
     Args:
         file: descriptor of their memory; it may be closed afterwards.
@@ -78,6 +81,7 @@ class Mailbox:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._ranks, self._timeout_s = ranks, timeout_s
         self._share = _library.mailbox_share
+        self.addresses: tuple[int, int] = ctypes.cast(self._share, ctypes.c_void_p).value or 0, self._box
         self._finalizer = weakref.finalize(self, _library.mailbox_close, self._box)
         # A thread may still wait in it, and the process's end closes it as well
         self._finalizer.atexit = False
@@ -110,9 +114,14 @@ class Mailbox:
         if answer != _COMPLETE:
             self._finish(answer, n, out, what)
 
+    def finish(self, answer: int, row: Tensor) -> None:
+        """Make row the sum of a message whose share returned answer."""
+        self._finish(answer, row.numel(), row.data_ptr(), _SUM)
+
     def close(self) -> None:
         """Leave: peers that wait for this rank are told, and its own messages raise."""
         self._box = None
+        self.addresses = self.addresses[0], 0
         self._finalizer()
 
     def _finish(self, answer: int, n: int, out: int, what: int) -> None:
@@ -148,7 +157,7 @@ def _pieces(row: Tensor) -> Sequence[Tensor]:
     """row in as many pieces as it takes slots."""
     assert row.dtype == torch.float64
     assert row.is_contiguous()
-    return (row,) if row.numel() <= _CAPACITY else row.split(_CAPACITY)
+    return (row,) if row.numel() <= CAPACITY else row.split(CAPACITY)
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -276,7 +276,10 @@ class Sees:
     def __init__(self, layer):
         self.layer, self.seen = layer, []
 
-    def observe(self, packed, form, between_images, moments):
+    def slot(self, form):
+        return None
+
+    def observe(self, packed, form, between_images, stats):
         self.seen.append(self.layer.running_mean.clone())
 
 

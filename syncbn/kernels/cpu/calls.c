@@ -1,9 +1,9 @@
-/* What Python calls: each pass is cut up into tasks, which threads share, and what they leave is put together. A call
-returns 0, or 1 where there is no memory. */
+/* What Python calls: each pass is cut up into tasks, which threads share, and what they leave is put together. */
 
 #include "cpu.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -99,15 +99,15 @@ EXPORTED int64_t syncbn_moments(const moments_call *call) {
     const int64_t channels = x->channels;
     if (call->between && x->size > 1) {
         /* Before the sums that are sent, so that whoever is looking changes no bit of those */
-        if (!moments_by(call, planned(x, call->mask != NULL, true), call->packed, call->between)) return 1;
+        if (!moments_by(call, planned(x, call->mask != NULL, true), call->packed, call->between)) return NO_MEMORY;
     }
-    if (!moments_by(call, planned(x, call->mask != NULL, false), call->packed, NULL)) return 1;
+    if (!moments_by(call, planned(x, call->mask != NULL, false), call->packed, NULL)) return NO_MEMORY;
     if (call->between && x->size == 1) {
         /* Each value is an image */
         for (int64_t c = 0; c <= channels; c++) call->between[c] = call->packed[channels + c];
     }
     if (call->as_message) to_message(call->packed, channels);
-    return 0;
+    return DONE;
 }
 
 EXPORTED int64_t syncbn_normalize(const normalize_call *call) {
@@ -116,11 +116,11 @@ EXPORTED int64_t syncbn_normalize(const normalize_call *call) {
     if (call->running.mean.data) move_running(&call->running, call->stats, x->channels);
     const plan cut = planned(x, false, false);
     pass pass = {.plan = &cut, .x = call->x, .other = call->residual, .out = call->y, .relu = call->affine.relu};
-    if (!allocate(&pass.of, &cut)) return 1;
+    if (!allocate(&pass.of, &cut)) return NO_MEMORY;
     affine_coefficients(&pass.of, &cut, call->stats, &call->affine);
     run(passes_of(x->dtype)->normalize, &pass, cut.pieces);
     free(pass.of.pivot);
-    return 0;
+    return DONE;
 }
 
 EXPORTED int64_t syncbn_grad_sums(const grad_sums_call *call) {
@@ -137,7 +137,7 @@ EXPORTED int64_t syncbn_grad_sums(const grad_sums_call *call) {
     }
     free(sums);
     free(pass.of.pivot);
-    return failed;
+    return failed ? NO_MEMORY : DONE;
 }
 
 EXPORTED int64_t syncbn_grad_input(const grad_input_call *call) {
@@ -145,17 +145,69 @@ EXPORTED int64_t syncbn_grad_input(const grad_input_call *call) {
     const plan cut = planned(x, call->mask != NULL, false);
     pass pass = {.plan = &cut, .x = call->x, .other = call->g, .out = call->dx, .mask = call->mask};
     pass.relu = call->affine.relu;
-    if (!allocate(&pass.of, &cut)) return 1;
+    if (!allocate(&pass.of, &cut)) return NO_MEMORY;
     affine_coefficients(&pass.of, &cut, call->stats, &call->affine);
     input_coefficients(&pass.of, &cut, call->stats, call->sums);
     run(passes_of(x->dtype)->grad_input, &pass, cut.pieces);
     free(pass.of.pivot);
-    return 0;
+    return DONE;
 }
 
 EXPORTED int64_t syncbn_update_running(const update_running_call *call) {
     move_running(&call->running, call->stats, call->channels);
-    return 0;
+    return DONE;
+}
+
+/* Makes row what all ranks' rows add up to. */
+static int64_t send(const wire *by, double *row, int64_t n) {
+    if (!by->share) return DONE;
+    const int answer = by->share(by->box, row, (size_t)n, row, 0);
+    return answer ? UNFINISHED + answer : DONE;
+}
+
+/* Moments, their message, and what is normalised by what all ranks sent. */
+EXPORTED int64_t syncbn_forward(const forward_call *call) {
+    const int64_t channels = call->x_layout.channels, row = 2 * channels + 1;
+    const seen *seen = &call->seen;
+    double *stats = call->stats, *packed = seen->packed ? seen->packed : stats;
+    const moments_call moments = {call->x_layout, call->x, call->mask, packed, seen->between, call->as_message};
+    const normalize_call rest = {
+        .x_layout = call->x_layout, .x = call->x, .residual = call->residual, .y = call->y, .shared = stats,
+        .rows = !call->as_message, .stats = stats, .affine = call->affine, .running = call->running,
+    };
+    int64_t answer = syncbn_moments(&moments);
+    if (answer != DONE) return answer;
+    if (packed != stats) memcpy(stats, packed, row * sizeof *stats);
+    answer = send(&call->wire, stats, row);
+    if (answer != DONE) return answer;
+    const double count = stats[row - 1];
+    if (count == 1 || count != count) return UNFIT;
+    if (seen->before) copy_running(seen->before, &call->running, channels);
+    answer = syncbn_normalize(&rest);
+    if (seen->whole) memcpy(seen->whole, stats, row * sizeof *stats);
+    return answer;
+}
+
+/* Sums of gradients, their message, and the gradient of x. */
+EXPORTED int64_t syncbn_backward(const backward_call *call) {
+    const int64_t channels = call->x_layout.channels;
+    double *sums = malloc((2 * channels + 1) * sizeof *sums);
+    if (!sums) return NO_MEMORY;
+    const grad_sums_call first = {
+        .x_layout = call->x_layout, .dy = call->dy, .x = call->x, .y = call->y, .g = call->g, .stats = call->stats,
+        .packed = sums, .dweight = call->dweight, .dbias = call->dbias, .affine = call->affine,
+    };
+    grad_input_call rest = {
+        .x_layout = call->x_layout, .g = call->g, .x = call->x, .mask = call->mask, .dx = call->dx,
+        .stats = call->stats, .sums = sums, .affine = call->affine,
+    };
+    /* Told by y, the relu has been applied to g */
+    rest.affine.relu = call->affine.relu && !call->y;
+    int64_t answer = syncbn_grad_sums(&first);
+    if (answer == DONE) answer = send(&call->wire, sums, 2 * channels);
+    if (answer == DONE && call->dx) answer = syncbn_grad_input(&rest);
+    free(sums);
+    return answer;
 }
 
 /* Of the C that this was made of, see build.py. */

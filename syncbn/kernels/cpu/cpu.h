@@ -7,6 +7,7 @@ for what is not there. C is channels; places are the N * S elements of a channel
 #define SYNCBN_CPU_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 _Static_assert(sizeof(void *) == 8, "records hold pointers and numbers of 8 bytes");
@@ -82,6 +83,51 @@ typedef struct {
     running running;
 } update_running_call;
 
+/* How a message is added up: share returns 0 once the sum of all ranks' rows [n] is in out, which may be row. NULL for a
+   rank that is alone. */
+typedef struct {
+    int (*share)(void *box, const double *row, size_t n, double *out, int what);
+    void *box;
+} wire;
+
+/* What an observer is told of a forward; all are NULL if there is none. */
+typedef struct {
+    double *packed;  /* [2C + 1] of this rank */
+    double *between; /* [C + 1], or NULL */
+    double *whole;   /* [2C + 1] the row of the whole batch */
+    void *before;    /* [2C] mean and var of the running statistics before they move, in their dtype */
+} seen;
+
+typedef struct {
+    layout x_layout;
+    const void *x;
+    const uint8_t *mask;
+    const void *residual;
+    void *y;
+    double *stats; /* [3C + 1]; begins with the sum of what the ranks sent, if it came no further */
+    int64_t as_message;
+    affine affine;
+    running running;
+    wire wire;
+    seen seen;
+} forward_call;
+
+typedef struct {
+    layout x_layout;
+    const void *dy, *x, *y;
+    void *g;
+    const uint8_t *mask;
+    void *dx; /* NULL if nobody wants it */
+    const double *stats;
+    void *dweight, *dbias;
+    affine affine;
+    wire wire;
+} backward_call;
+
+/* What a call returns. Of a forward or backward that came no further than its message, UNFINISHED and what share
+   returned. UNFIT: the whole batch is no number, as a peer refused, or one. */
+enum { DONE, NO_MEMORY, UNFIT, UNFINISHED = 16 };
+
 /* How the work on x is cut up; a function of its layout alone, so that any number of threads gives the same bits. */
 typedef struct {
     layout x;
@@ -130,6 +176,7 @@ void merge(const double *rows, int64_t count, int64_t channels, double *merged, 
 void to_message(double *row, int64_t channels);
 void to_stats(const normalize_call *call);
 void move_running(const running *to, const double *stats, int64_t channels);
+void copy_running(void *before, const running *from, int64_t channels);
 void affine_coefficients(coefficients *of, const plan *cut, const double *stats, const affine *map);
 void input_coefficients(coefficients *of, const plan *cut, const double *stats, const double *sums);
 void add_partials(const grad_sums_call *call, const double *partials, int64_t count);

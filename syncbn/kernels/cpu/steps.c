@@ -74,7 +74,7 @@ void merge(const double *rows, int64_t count, int64_t channels, double *merged, 
     const int64_t width = 2 * channels + 1;
     double *mean = merged, *m2 = merged + channels, values = 0, holding = 0;
     if (count == 1 && !between) {
-        memcpy(merged, rows, width * sizeof *merged);
+        if (merged != rows) memcpy(merged, rows, width * sizeof *merged);
         return;
     }
     memset(merged, 0, width * sizeof *merged);
@@ -119,7 +119,7 @@ static void from_message(const double *message, int64_t channels, double *row) {
     row[2 * channels] = count;
 }
 
-/* stats [3C + 1] of what the ranks shared. */
+/* stats [3C + 1] of what the ranks shared, which may lie at their beginning. */
 void to_stats(const normalize_call *call) {
     const int64_t channels = call->x_layout.channels;
     double *stats = call->stats;
@@ -148,6 +148,13 @@ void move_running(const running *to, const double *stats, int64_t channels) {
         move(&to->mean, c, stats[c], step);
         move(&to->var, c, stats[channels + c] / at_least_one(count - 1), step);
     }
+}
+
+/* Mean and var one behind the other, as they are. */
+void copy_running(void *before, const running *from, int64_t channels) {
+    const size_t size = channels * (from->mean.dtype == FLOAT64 ? sizeof(double) : sizeof(float));
+    memcpy(before, from->mean.data, size);
+    memcpy((char *)before + size, from->var.data, size);
 }
 
 /* All of them, each loop without a question of dtype. */

@@ -18,6 +18,7 @@ from syncbn.kernels.triton import backward, forward, launch, steps
 from syncbn.kernels.triton.plan import ROWS, TILE, planned
 
 NEEDS_Y = False
+WHOLE = None
 
 # Columns that a program takes of the rows that ranks gathered
 COLUMNS = 8
