@@ -107,9 +107,10 @@ class DriftMonitor:
         {"shared": what is the same on every rank, "own": what is this rank's}, tensors on the CPU in plain containers,
         as torch.load(weights_only=True) takes them. C channels in L layers, after H <= horizon readings, take
         H (88 C + 88 L) bytes in "shared" and H (8 C + 24 L) in "own", and some bytes for each layer. Forwards since the
-        last reading are more in "own": 48 C + 24 L for each of the last, up to 16 (56 C where running statistics are
-        float64), and 88 C + 64 L for all before (as much again if some are compiled); of layers that do not synchronise
-        40 C + 16 L for each of up to 4. So the end of a reading is the time to ask for it: then there are none.
+        last reading are more in "own": 48 C + 24 L for each of the last, up to 16, or 128 where that is less than 4 MiB
+        (56 C where running statistics are float64), and 88 C + 64 L for all before (as much again if some are
+        compiled); of layers that do not synchronise 40 C + 16 L for each of up to 4. So the end of a reading is the
+        time to ask for it: then there are none.
 
         It waits for the device, and is no collective: "shared" of any one rank goes with "own" of each.
         """

@@ -11,8 +11,9 @@ from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
 from syncbn.kernels import Form, Slot, unpacked
 from syncbn.moments import Moments
 
-# Forwards that are added up at a time, of all layers together: so that one costs a small copy and little more
-_SLOTS = 16
+# Forwards that are added up at a time, of all layers together, so that one costs a small copy and little more; and more
+# of them where that takes few bytes, as adding up takes its time however little it is
+_SLOTS, _MANY_SLOTS, _FEW_BYTES = 16, 128, 2**22
 # What a layer keeps between readings, in tensors on the CPU
 Held = dict[str, Any]
 # Forwards since the last reading that are kept of a layer that does not synchronise, to be compared when it is read
@@ -34,9 +35,11 @@ class Store:
         self.layers = Layers([layer.num_features for layer in layers])
         device = _device(layers[0])
         channels = self.layers.channels
-        self._rows = torch.zeros(_SLOTS, sum(5 * n + 3 for n in channels), dtype=torch.float64, device=device)
+        width = sum(5 * n + 3 for n in channels)
+        rows = min(max(_SLOTS, _FEW_BYTES // (8 * width)), _MANY_SLOTS)
+        self._rows = torch.zeros(rows, width, dtype=torch.float64, device=device)
         # Apart, as a copy of two dtypes at once is a slow one
-        self._running = torch.zeros(_SLOTS, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
+        self._running = torch.zeros(rows, 2 * sum(channels), dtype=_dtype_of_running(layers), device=device)
         self._of = self.layers.of.to(device)
         eps = torch.tensor([layer.eps for layer in layers], dtype=torch.float64)
         # Above 0, as a slot that was left empty has no variance
@@ -120,6 +123,7 @@ class Observer:
         self.layer, self._store, self._channels = layer, store, layer.num_features
         self._slots, self._running, self._is_message = slots, running, is_message
         self._slot = [_apart(row, before, per_image) for row, before in zip(slots, running, strict=True)]
+        self._running_in_c = running.dtype if slots.is_cpu else None
         self._place(slots.device)
         layer.observer = self
 
@@ -147,8 +151,8 @@ class Observer:
 
     def slot(self, form: Form) -> Slot | None:
         """The next one, for a forward on the CPU."""
-        running = self.layer.running_mean
-        if running is None or running.dtype != self._running.dtype or not self._slots.is_cpu:
+        running = self.layer._buffers.get("running_mean")
+        if running is None or running.dtype != self._running_in_c:
             return None
         self._make_room(form)
         return self._slot[self.filled]
@@ -174,7 +178,7 @@ class Observer:
         self.filled += 1
 
     def _make_room(self, form: str) -> None:
-        if form != self._form or self.filled == _SLOTS:
+        if form != self._form or self.filled == len(self._slots):
             self._store.settle()
             self._begin(form)
 
@@ -293,7 +297,8 @@ def _moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: 
 
 def _apart(row: Tensor, before: Tensor, per_image: bool) -> Slot:
     packed, whole, between = row.tensor_split([2 * (n := before.size(0) // 2) + 1, 4 * n + 2])
-    return Slot(packed, whole, between if per_image else None, before)
+    places = between.data_ptr() if per_image else 0, whole.data_ptr(), before.data_ptr()
+    return Slot(packed, between if per_image else None, (packed.data_ptr(), *places))
 
 
 def _orders(channels: Sequence[int]) -> tuple[Tensor, Tensor]:

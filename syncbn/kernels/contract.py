@@ -102,14 +102,14 @@ Wire = tuple[int, int]
 class Slot(NamedTuple):
     """Where an observer keeps a forward.
 
-    packed, between_images: of Local, the latter None if not asked for. whole: [2C + 1], the row of the whole batch.
-    running: [2C], mean and var of the running buffers before they move, typed as they are.
+    packed, between_images: of Local, the latter None if not asked for.
+    addresses: of packed, between_images (or 0), [2C + 1] for the row of the whole batch, and [2C] for mean and var of
+        the running buffers before they move, typed as they are.
     """
 
     packed: Tensor
-    whole: Tensor
     between_images: Tensor | None
-    running: Tensor
+    addresses: tuple[int, int, int, int]
 
 
 class Stopped(NamedTuple):

@@ -2,6 +2,7 @@
 
 import io
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 import syncbn
 from syncbn import collectives
-from syncbn.drift import DriftMonitor
+from syncbn.drift import DriftMonitor, observer
 from tests.drift.test_monitor import CHANNELS, images, net
 from tests.ranks import run_ranks
 
@@ -34,7 +35,9 @@ class Case(NamedTuple):
 def opened(case, horizon=None):
     model = net(case.sync, **(case.options or {}))
     model.bn1.eps = model.bn2.eps = case.eps
-    monitor = DriftMonitor(model, level=case.level, horizon=horizon or case.horizon)
+    # As of a model that is not small, so that forwards are added up before they are read
+    with patch.object(observer, "_MANY_SLOTS", 16):
+        monitor = DriftMonitor(model, level=case.level, horizon=horizon or case.horizon)
     if case.compiled:
         torch._dynamo.reset()
         model.bn1.compile(fullgraph=True, backend="aot_eager")

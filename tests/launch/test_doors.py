@@ -140,8 +140,8 @@ def test_wandb_has_the_same_figures_offline(trained):
 def drifting(tmp_path_factory):
     """A run whose batches are too small for its norm."""
     root = tmp_path_factory.mktemp("drifting")
-    options = ["norm=local", "data.batch_per_rank=2", "launch.nproc=2", "train.steps=40", "run.name=small", "drift.every=1"]
-    return run(PYTHON, *options, root=root), root / "small"
+    options = ["norm=local", "data.batch_per_rank=2", "launch.nproc=2", "train.steps=40", "drift.every=1"]
+    return run(PYTHON, *options, "run.name=small", root=root), root / "small"
 
 
 SMALL = r"batch too small \(n_eff \d+ at [\w.]+\): use norm=sync or a larger group"

@@ -43,7 +43,7 @@ def forward(
     answer = calls.forward(
         *layout.record, threads(layout), x.data_ptr(), address(mask), address(residual), y.data_ptr(),
         stats.data_ptr(), form == "message", *of_affine(affine), *of_running(here), *wire,
-        *(_NO_SLOT if slot is None else _of_slot(slot)),
+        *(_NO_SLOT if slot is None else slot.addresses),
     )  # fmt: skip
     if answer:
         return _stopped(stats, form, slot, answer)
@@ -59,17 +59,12 @@ def _stopped(stats: Tensor, form: Form, slot: Slot | None, answer: int) -> Stopp
     local = Local(shared)
     if slot is not None:
         # It will not be filled
-        packed, _, between, _ = slot
+        packed, between, _ = slot
         local = Local(packed.clone(), None, None if between is None else between.clone())
         for part in packed, between:
             if part is not None:
                 part.zero_()
     return Stopped(local, shared.unsqueeze(0) if form == "row" else shared, max(0, answer - UNFINISHED))
-
-
-def _of_slot(slot: Slot) -> tuple[int, ...]:
-    packed, whole, between, before = slot
-    return packed.data_ptr(), address(between), whole.data_ptr(), before.data_ptr()
 
 
 def backward(
