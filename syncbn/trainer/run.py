@@ -155,12 +155,13 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
         global_batch=(start and start.global_batch) or found,
         start=start.state["step"] if start else 0,
     )
-    model = models.build(config.model, len(images.classes)).to(ranks.device)
+    notes = [*images.notes]
+    model = models.build(config.model, len(images.classes), notes.append).to(ranks.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     place = norms.Place(ranks.device, ranks.size, world.local_size(), images.global_batch)
     model, converted = norms.convert(model, config.norm, place)
-    return Parts(images, model, converted, tasks.build(config.task))
+    return Parts(images, model, converted, tasks.build(config.task), notes)
 
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:

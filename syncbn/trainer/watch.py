@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """What each rank builds alone."""
+    """What each rank builds alone, and notes for the user: of images left out and weights loaded."""
 
     data: data.Data
     model: nn.Module
     converted: norms.Converted
     task: tasks.Task
+    notes: list[str] = field(default_factory=list)
 
 
 class Watch:
@@ -59,9 +60,11 @@ class Watch:
         steps = config.train.total_steps(parts.data.steps_per_epoch)
         self.screen = Screen(steps)
         self.screen.say(
-            f"{config.data.name}, {len(parts.data.classes)} classes | {config.model.name}, {self.converted} | "
+            f"{config.data.name}, {data_set(parts.data)} | {config.model.name}, {self.converted} | "
             f"{images(ranks, parts)} on {ranks.device.type} | {steps} steps"
         )
+        for note in parts.notes if not training.step else ():
+            self.screen.say(note)
         if training.step:
             self.screen.say(f"going on from step {training.step}")
         if config.norm.name != "local" and not parts.converted.changed:
@@ -245,6 +248,12 @@ class Watch:
             files = files.relative_to(Path.cwd()) if files.is_relative_to(Path.cwd()) else files
             return {**rows, "look": f"wandb leet {files}", "upload": f"wandb sync {files}"}
         return rows
+
+
+def data_set(of: data.Data) -> str:
+    """How many images there are of how many classes, in words."""
+    counts = of.fingerprint
+    return f"{counts['train']} + {counts['eval']} images of {counts['classes']} classes"
 
 
 def images(ranks: World, parts: Parts) -> str:

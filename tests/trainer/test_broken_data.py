@@ -210,4 +210,4 @@ def test_an_empty_class_folder_is_named(tmp_path):
     (root / "train" / "c").mkdir()
     (root / "train" / "c" / "notes.txt").touch()
     line = refusal(DataConfig(name="image_folder", root=str(root)))
-    assert line.startswith(f"{root}/train is incomplete (Found no valid file for the classes c")
+    assert line.startswith(f"{root}/train is incomplete (no image of class c")

@@ -47,25 +47,3 @@ def test_a_wrong_name_is_told_in_one_line(name, said):
         models.build(ModelConfig(name), num_classes=2)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_weights_from_a_file_keep_a_new_classifier(tmp_path):
-    trained = models.build(ModelConfig("resnet8"), num_classes=100)
-    torch.save(trained.state_dict(), tmp_path / "weights.pt")
-
-    model = models.build(ModelConfig("resnet8", weights=str(tmp_path / "weights.pt")), num_classes=10)
-
-    assert torch.equal(model.conv1.weight, trained.conv1.weight)
-    assert model.fc.weight.shape == (10, 64)
-
-
-@pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "missing.pt"])
-def test_unknown_weights(weights):
-    with pytest.raises(UserError, match=rf"model.weights={weights}: neither a file nor"):
-        models.build(ModelConfig("resnet18", weights=weights), num_classes=10)
-
-
-def test_weights_of_another_model(tmp_path):
-    torch.save({"strange": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"no tensor in it fits model.name=resnet8"):
-        models.build(ModelConfig("resnet8", weights=str(tmp_path / "weights.pt")), num_classes=10)

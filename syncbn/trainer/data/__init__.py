@@ -105,7 +105,7 @@ class Data(NamedTuple):
     sample: the first batches of training, from step 0 with each iteration, which leaves train as it is.
     global_batch: training images of one forward of all ranks together. share: this rank's images in it over the mean
     of the ranks': the mean over ranks of share times the rank's own mean is the mean over the global batch.
-    fingerprint: what the data set holds, the same wherever it lies.
+    fingerprint: what the data set holds, the same wherever it lies. notes: what of it is left out, in words.
     """
 
     train: Batches
@@ -116,6 +116,7 @@ class Data(NamedTuple):
     global_batch: int
     share: float
     fingerprint: dict[str, Any]
+    notes: list[str]
 
 
 def build(
@@ -174,6 +175,7 @@ def build(
         global_batch,
         len(sampler.mine) * world.size / global_batch,
         fingerprint(train, test),
+        [*train.notes, *test.notes],
     )
 
 

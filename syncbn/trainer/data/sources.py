@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from syncbn.trainer.data import pixels
+from syncbn.trainer.data.folders import train_and_eval
 from syncbn.trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from torchvision import datasets
-
     from syncbn.trainer.data import DataConfig
 
 
@@ -23,9 +23,13 @@ class Images(Protocol):
     """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message.
 
     told() tells them from others of the same number and classes, without reading any: labels, file names.
+    notes: what of the data set is not among them, for its user to know.
     """
 
     classes: Sequence[str]
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
@@ -35,6 +39,8 @@ class Images(Protocol):
 
 class Torchvision:
     """A torchvision data set as Images."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, dataset: Any, classes: Sequence[str], labels: Sequence[int] | None = None):
         self.dataset, self.classes = dataset, classes
@@ -79,6 +85,8 @@ class Fake(Torchvision):
 class InMemory:
     """Images held as one tensor [N, C, H, W]."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, images: Tensor, labels: list[int], classes: Sequence[str]):
         self.images, self.labels, self.classes = images, labels, classes
 
@@ -101,6 +109,7 @@ class Spread:
     def __init__(self, images: Images, number: int):
         self.images, self.classes = images, images.classes
         self.kept = [i * len(images) // number for i in range(number)]
+        self.notes = images.notes
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -173,7 +182,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     from torchvision import datasets
 
     try:
-        parts = [datasets.ImageNet(config.root, split=split) for split in ("train", "val")]
+        parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read) for split in ("train", "val")]
     except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
         raise UserError(
             f"data.root={config.root} holds no ImageNet ({first_line(error)}): put the ILSVRC2012 archives there, "
@@ -185,14 +194,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
 
 def image_folder(config: "DataConfig") -> tuple[Images, Images]:
     """root/train/<class>/*.jpg and root/test/<class>/*.jpg (or root/val): classes are train's, in order of name."""
-    root = Path(config.root)
-    train = _folder(root, "train")
-    test = _folder(root, "test" if (root / "test").is_dir() else "val")
-    strange = [name for name in test.classes if name not in train.class_to_idx]
-    if strange:
-        raise UserError(f"{test.root} has the class {strange[0]!r} that {train.root} lacks: add it there, or remove it")
-    labels = [train.class_to_idx[name] for name in test.classes]
-    return Torchvision(train, train.classes), Torchvision(test, train.classes, labels)
+    return train_and_eval(Path(config.root))
 
 
 def fake(config: "DataConfig") -> tuple[Images, Images]:
@@ -218,18 +220,6 @@ SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "image_folder": image_folder,
     "fake": fake,
 }
-
-
-def _folder(root: Path, part: str) -> "datasets.ImageFolder":
-    from torchvision import datasets
-
-    wanted = "an image folder holds train/<class>/*.jpg and test/<class>/*.jpg (or val/)"
-    if not (root / part).is_dir():
-        raise UserError(f"data.root={root} has no folder {part!r}: {wanted}")
-    try:
-        return datasets.ImageFolder(root / part)
-    except OSError as error:  # no class, a class without images, or a folder that may not be read
-        raise UserError(f"{root / part} is incomplete ({first_line(error)}): {wanted}") from error
 
 
 def first_line(error: Exception) -> str:

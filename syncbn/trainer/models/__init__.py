@@ -9,10 +9,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.models import weights
 from syncbn.trainer.models.residual import SmallResNet
 
 
@@ -27,8 +27,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The model of the config, for images [N, 3, H, W] and scores [N, num_classes].
+def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lambda said: None) -> nn.Module:
+    """The model of the config, for images [N, 3, H, W] and scores [N, num_classes]; say is told what was loaded.
 
     Raises UserError for a name that is none of ours, not one of torchvision's classification models, and not
     package.module:builder, where builder(num_classes=...) returns an nn.Module.
@@ -37,14 +37,14 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned {type(model).__name__}: it must return an nn.Module")
     if config.weights:
-        _load(model, config.name, config.weights)
+        say(weights.load(model, config.name, config.weights, num_classes))
     return model
 
 
-def load_all(model: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
+def load_all(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:
     """Load the whole state_dict of a model of this name, found at path. Raises UserError if it does not fit."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state)
     except RuntimeError as error:
         why = shorten(" ".join(str(error).splitlines()[1:]), 120, placeholder=" ...")
         raise UserError(f"{path} does not fit model.name={name} ({why}): name the model that was trained") from None
@@ -73,23 +73,3 @@ def _own(name: str) -> Callable[..., Any]:
         raise UserError(
             f"model.name={name}: {error}; it must be package.module:builder, importable from here"
         ) from error
-
-
-def _load(model: nn.Module, name: str, weights: str) -> None:
-    """Load trained weights; a tensor of another shape (the classifier for other classes) keeps its own start."""
-    if Path(weights).is_file():
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    else:
-        import torchvision
-
-        try:
-            state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"model.weights={weights}: neither a file nor weights that torchvision has for {name}"
-            ) from error
-    own = model.state_dict()
-    fits = {key: tensor for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
-    if not fits:
-        raise UserError(f"model.weights={weights}: no tensor in it fits model.name={name}")
-    model.load_state_dict(fits, strict=False)

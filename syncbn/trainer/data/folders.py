@@ -1,0 +1,150 @@
+"""Images in folders, one folder for each class: which count, which are left out, and which folder is for evaluation."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncbn.trainer.data import pixels
+from syncbn.trainer.errors import UserError
+
+# What Pillow reads, and people call their images
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
+)  # fmt: skip
+LAYOUT = "an image folder holds train/<class>/*.jpg and test/<class>/*.jpg (or val/)"
+
+
+class Folder:
+    """The images of root/<class>/, whatever lies in between, as Images.
+
+    Names that begin with a dot are none of them, and each real folder is gone into once, whatever links lead there.
+
+    Args:
+        classes: those that labels are of; None: what root has, in order of name.
+
+    Raises:
+        UserError: root has no class, or one that is none of classes; or it may not be read.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str] | None = None):
+        self.root, self.samples, self._left_out = root, [], Counter()
+        self.beside: str | None = None
+        try:
+            entries = [entry for entry in os.scandir(root) if not _hidden(entry.name)]
+            own = sorted(entry.name for entry in entries if entry.is_dir())
+            self._loose = sum(not entry.is_dir() for entry in entries)
+            self.classes = own if classes is None else classes
+            seen = {_real(root), *(_real(root / name) for name in own)}
+            for name in own:
+                if name not in self.classes:
+                    raise UserError(f"{root} has the class {name!r} that train lacks: add it there, or remove it")
+                label = self.classes.index(name)
+                self.samples += [(path, label) for path in self._files(root / name, seen)]
+        except OSError as error:
+            raise UserError(f"{root} cannot be read ({error.strerror}: {error.filename}): {LAYOUT}") from error
+        if not own:
+            raise UserError(f"{root} has no class: {LAYOUT}")
+
+    def _files(self, folder: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
+        """The images below a folder, in order of folder and name."""
+        for place, names in sorted(_walk(folder, seen)):
+            for name in sorted(names):
+                if name.lower().endswith(ENDINGS):
+                    yield os.path.join(place, name)
+                else:
+                    self._left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+    def missing(self) -> list[str]:
+        """The classes without an image."""
+        found = {label for _, label in self.samples}
+        return [name for label, name in enumerate(self.classes) if label not in found]
+
+    @property
+    def notes(self) -> list[str]:
+        """What somebody who counts the files should know."""
+        notes = [] if self.beside is None else [self.beside]
+        if self._left_out:
+            kinds = ", ".join(f"{number} × {ending}" for ending, number in self._left_out.most_common(5))
+            notes.append(f"left out of {self.root}: {self._left_out.total()} files that are no images ({kinds})")
+        if self._loose:
+            notes.append(f"left out of {self.root}: {self._loose} files that lie in no folder of a class")
+        return notes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from torchvision.transforms.v2 import functional as F
+
+        path, label = self.samples[index]
+        return F.pil_to_tensor(pixels.read(path)), label
+
+    def where(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def told(self) -> Iterator[bytes]:
+        yield torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy().astype("<i8").tobytes()
+        names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.samples)
+        yield names.replace(os.sep, "/").encode(errors="surrogateescape")
+
+
+def train_and_eval(root: Path) -> tuple[Folder, Folder]:
+    """root/train, and root/test or, where only that has images in folders of classes, root/val.
+
+    Raises UserError if one of them is missing, empty or does not fit the other.
+    """
+    if not (root / "train").is_dir():
+        raise UserError(f"data.root={root} has no folder 'train': {LAYOUT}")
+    train = Folder(root / "train")
+    if without := train.missing():
+        raise UserError(f"{train.root} is incomplete (no image of class {', '.join(without[:5])}): {LAYOUT}")
+    if len(train.classes) == 1:
+        raise UserError(f"{train.root} has one class, {train.classes[0]!r}: there is nothing to tell it from")
+    return train, _for_evaluation(root, train.classes)
+
+
+def _for_evaluation(root: Path, classes: Sequence[str]) -> Folder:
+    unusable: UserError | None = None
+    parts = [part for part in ("test", "val") if (root / part).is_dir()]
+    for part in parts:
+        try:
+            folder = Folder(root / part, classes)
+            if not len(folder):
+                raise UserError(f"{root / part} has no image in the folder of a class: {LAYOUT}")
+        except UserError as error:
+            unusable = unusable or error
+        else:
+            if len(parts) == 2:
+                folder.beside = f"evaluated on {folder.root}" + (f", as {unusable}" if unusable else "")
+            return folder
+    raise unusable or UserError(f"data.root={root} has no folder 'test' (or 'val'): {LAYOUT}")
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the files in them, behind links too, but no folder that was seen, and no hidden name."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        new = []
+        for name in sorted(folders):
+            real = _real(Path(place, name))
+            if not _hidden(name) and real not in seen:
+                seen.add(real)
+                new.append(name)
+        folders[:] = new
+        yield place, [name for name in names if not _hidden(name)]
+
+
+def _real(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")

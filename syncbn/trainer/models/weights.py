@@ -1,0 +1,98 @@
+"""Trained weights out of a file or torchvision's store, however they are wrapped and named there."""
+
+import pickle
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.trainer.errors import UserError
+
+# Where files keep the state_dict beside other things; of a checkpoint of this trainer, its average comes first
+WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
+
+
+def load(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
+    """Load what fits the model of this name; what was loaded, in words.
+
+    The classifier, if it is one of other classes, keeps its own start. Raises UserError for a file that cannot be
+    read, and if more is missing.
+    """
+    state = _of_file(weights) if Path(weights).is_file() else _of_torchvision(name, weights)
+    own = model.state_dict()
+    prefix = _prefix(state, own)
+    fits = {key: state[prefix + key] for key in own if _fits(state.get(prefix + key), own[key])}
+    left = [key for key in own if key not in fits]
+    # Files from before torch 0.4.1 have no num_batches_tracked
+    missing = [key for key in left if not key.endswith("num_batches_tracked")]
+    if missing and not (fits and _are_the_classifier(missing, own, num_classes)):
+        found = state.get(prefix + missing[0])
+        there = f"is {[*found.shape]} there" if isinstance(found, Tensor) else "is not there"
+        raise UserError(
+            f"model.weights={weights} has {len(fits)} of the {len(own)} tensors of model.name={name} "
+            f"({missing[0]} {[*own[missing[0]].shape]} {there}): name the model that was trained"
+        )
+    model.load_state_dict(fits, strict=False)
+    kept = f" (left: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''})" if left else ""
+    return f"loaded {len(fits)} of {len(own)} tensors from {weights}{kept}"
+
+
+def _of_torchvision(name: str, weights: str) -> Mapping[str, Any]:
+    import torchvision
+
+    try:
+        return torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"model.weights={weights}: neither a file nor weights that torchvision has for {name}"
+        ) from error
+
+
+def _of_file(path: str) -> Mapping[str, Any]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.weights={path} holds more than tensors (a pickled module?), and is not read, as it may run code: "
+            "torch.save(model.state_dict(), FILE) makes a file that is"
+        ) from error
+    except Exception as error:  # a file that is cut short or of another kind raises many kinds
+        raise UserError(f"model.weights={path} is no file of torch.save ({type(error).__name__}), or broken") from error
+    found = _state_dict(held)
+    if found is None:
+        raise UserError(f"model.weights={path} holds no state_dict but a {type(held).__name__}: save a state_dict")
+    return found
+
+
+def _state_dict(held: Any) -> Mapping[str, Any] | None:
+    """held, or what it wraps, if that is one."""
+    if not isinstance(held, Mapping):
+        return None
+    if any(isinstance(value, Tensor) for value in held.values()):
+        return held
+    wrapped = (_state_dict(held[key]) for key in WRAPPERS if held.get(key))
+    return next((state for state in wrapped if state is not None), None)
+
+
+def _prefix(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
+    """What the names of most tensors that fit begin with: module., of DDP, say, or _orig_mod., of torch.compile."""
+    fitting: Counter[str] = Counter()
+    for key, tensor in state.items():
+        parts = key.split(".")
+        for cut in range(len(parts)):
+            if _fits(tensor, own.get(".".join(parts[cut:]))):
+                fitting[key.removesuffix(".".join(parts[cut:]))] += 1
+    return fitting.most_common(1)[0][0] if fitting else ""
+
+
+def _fits(tensor: Any, own: Tensor | None) -> bool:
+    return isinstance(tensor, Tensor) and own is not None and tensor.shape == own.shape
+
+
+def _are_the_classifier(keys: list[str], own: Mapping[str, Tensor], num_classes: int) -> bool:
+    """Whether they are of one module at most, with a score for each class."""
+    modules = {key.rpartition(".")[0] for key in keys}
+    return len(modules) < 2 and all(own[key].shape[:1] == (num_classes,) for key in keys)
