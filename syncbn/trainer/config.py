@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -58,9 +59,15 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        self.data.root, self.run.root, self.checkpoint.resume = (
+            os.path.expanduser(path) for path in (self.data.root, self.run.root, self.checkpoint.resume)
+        )
+        self.model.weights = self.model.weights and os.path.expanduser(self.model.weights)
         for key, value in flat(asdict(self)).items():
             for each in value if isinstance(value, list) else [value]:
                 check_value(key, each)
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: give 0 or more")
         if self.train.cuda_graph and self.data.skip_broken:
             raise UserError(
                 "train.cuda_graph=true with data.skip_broken=true: a graph takes batches of one shape, and an image "
@@ -152,26 +159,45 @@ def explain(error: Exception) -> str:
         return f"{group}={choice}: no such choice; choose one of {', '.join(options.split())}"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']+' (is )?not in", text) and full_key:
-        return _unknown_key(full_key[1])
+        return unknown_key(full_key[1])
     if group := re.search(r"Could not override '([^']+)'\.?\s+No match in the defaults list", text):
-        return _unknown_key(group[1])
+        return unknown_key(group[1])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = next((line for line in lines if re.match(r"Value|Cannot|Invalid|Incompatible", line)), lines[0])
     return f"{full_key[1]}: {cause}" if full_key else cause
 
 
-def _unknown_key(key: str) -> str:
-    known = _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
-    section = key.rpartition(".")[0]
-    near = [k for k in known if k.startswith(key)] or difflib.get_close_matches(key, known, n=1)
-    siblings = [k for k in known if k.rpartition(".")[0] == section] or list(
-        dict.fromkeys(k.split(".")[0] for k in known)
-    )
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(siblings)}"
+def unknown_key(key: str) -> str:
+    """What to say of a key that there is not, with the one that was meant, if that can be told."""
+    if near := _near(key):
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        siblings = [known for known in KEYS if known.rpartition(".")[0] == key.rpartition(".")[0]]
+        hint = f"there are {', '.join(siblings or dict.fromkeys(known.split('.')[0] for known in KEYS))}"
     return f"{key}: no such key; {hint} (python train.py --help lists all)"
+
+
+def _near(key: str) -> list[str]:
+    """The keys that it may stand for: that begin so, that end so (lr, learning.lr), or that look like it."""
+    section, _, last = key.rpartition(".")
+    if begin := [known for known in KEYS if known.startswith(key)]:
+        return begin[:1]
+    within = [known for known in KEYS if section and known.startswith(f"{section}.")]
+    if near := difflib.get_close_matches(key, within, n=1):
+        return near
+    if same := [known for known in KEYS if known.split(".")[-1] == last]:
+        return difflib.get_close_matches(key, same, n=1, cutoff=0.0) if section else same[:3]
+    by_last = {known.split(".")[-1]: known for known in KEYS}
+    return difflib.get_close_matches(key, KEYS, n=1) or [
+        by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
+    ]
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:
     if not isinstance(node, dict) or not node:
         return [prefix]
     return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}".lstrip("."))]
+
+
+KEYS = _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
+LISTS = [key for key, value in flat(asdict(Config())).items() if isinstance(value, list)]

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import ranks, stop, sweep, world
+from syncbn.trainer import ranks, stop, sweep, words, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
@@ -52,7 +52,10 @@ def enter(job: Callable[[], Any]) -> None:
     sends the config over the store; the other ranks wait for it there.
     """
     register()
-    sys.argv[1:] = [CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]]
+    try:
+        sys.argv[1:] = words.understood([CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]])
+    except UserError as refused:
+        job = _refusing(refused)
     if not world.under_torchrun():
         ranks.prepare_early()
         sys.exit(sweep.to_its_end(lambda: in_one_line(job)))
@@ -210,6 +213,13 @@ def in_one_line(job: Callable[[], Any]) -> int:
             print(f"error: {error.reason}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
     return 0
+
+
+def _refusing(refused: UserError) -> Callable[[], NoReturn]:
+    def refuse() -> NoReturn:
+        raise refused
+
+    return refuse
 
 
 def _refuse_multirun() -> NoReturn:
