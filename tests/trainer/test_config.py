@@ -93,6 +93,14 @@ BAD = {
 }
 
 
+def test_a_home_is_found_wherever_a_path_comes_from(monkeypatch):
+    monkeypatch.setenv("HOME", "/me")
+    paths = {"data": {"root": "~/a"}, "run": {"root": "~"}, "model": {"weights": "~/w.pt"}}
+    found = config.typed({**paths, "checkpoint": {"resume": "~/runs/a"}})
+    assert (found.data.root, found.run.root, found.model.weights) == ("/me/a", "/me", "/me/w.pt")
+    assert (found.checkpoint.resume, config.typed({}).model.weights) == ("/me/runs/a", None)
+
+
 def test_what_there_is_to_choose_from_is_told_and_no_more():
     told = "batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance, layer, local, none, sync, torch, ws_group"
     assert composed("norm=foo") == f"norm=foo: no such choice; choose one of {told}"

@@ -42,6 +42,8 @@ def test_a_path_in_the_home_is_put_there(monkeypatch):
     assert words.understood(["data.root=~/flowers"]) == ["data.root=/home/me/flowers"]
     monkeypatch.setenv("HOME", "/home/my self, élan")
     assert words.understood(["+data.root=~/a"]) == ['+data.root="/home/my self, élan/a"']
+    monkeypatch.setenv("HOME", "/me")
+    assert words.understood(["-m", "data.root=~/a,~/b"]) == ["-m", "data.root=/me/a,/me/b"]
 
 
 def test_groups_of_a_folder_of_ones_own_are_known(tmp_path):
@@ -97,9 +99,10 @@ def test_what_means_nothing_is_refused_with_what_was_meant(typed, said):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "typed", [typed for typed, said in REFUSED.items() if re.search("quote|is a list|mapping", said)]
-)
+QUOTED = [typed for typed, said in REFUSED.items() if re.search("quote|is a list|mapping", said)]
+
+
+@pytest.mark.parametrize("typed", QUOTED)
 def test_the_quoting_that_is_shown_works(typed):
     with pytest.raises(UserError) as raised:
         words.understood(typed.split(" "))
