@@ -85,6 +85,7 @@ class Watch:
             group=group,
             settings=redacted(as_dict(config)),
             run_id=state["wandb"],
+            earlier=self.record.numbers(),
         )
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
