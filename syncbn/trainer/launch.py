@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -221,9 +222,9 @@ def in_one_line(job: Callable[[], Any]) -> int:
 
 
 def _refuse_multirun() -> NoReturn:
-    arguments = " ".join(a for a in sys.argv[1:] if a not in ("-m", "--multirun"))
-    line = f"python {sys.argv[0]} -m {arguments} launch.nproc={world.local_size()}"
-    raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {line}")
+    words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+    command = shlex.join(["python", sys.argv[0], "-m", *words, f"launch.nproc={world.local_size()}"])
+    raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {command}")
 
 
 def _end(exit_code: int) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from queue import Full, Queue
+from shlex import quote
 from typing import Any
 
 from syncbn.trainer.errors import UserError
@@ -311,7 +312,7 @@ def _finish(exit_code: int, run: Any) -> None:
     try:
         run.finish(exit_code=exit_code)
     except TimeoutError:
-        log.warning("W&B has not taken all yet: wandb sync %s sends the rest", run.settings.sync_dir)
+        log.warning("W&B has not taken all yet: wandb sync %s sends the rest", quote(str(run.settings.sync_dir)))
     with suppress(Exception, SystemExit):
         wandb.teardown()  # else its atexit hook does it, and waits without end
 

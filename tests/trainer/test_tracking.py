@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -256,6 +257,17 @@ def test_no_silence_is_counted_while_nothing_is_asked(tmp_path, begin):
     time.sleep(1.5)
     assert logged(tracker, [400]) == [400]
     assert len(list(tmp_path.glob("wandb/*"))) == 1
+
+
+def test_the_command_that_sends_the_rest_can_be_pasted(tmp_path, begin, caplog, monkeypatch):
+    def finish(run, exit_code):
+        raise TimeoutError
+
+    monkeypatch.setattr(TakesAll, "finish", finish)
+    tracker = begin(tmp_path / "a {b} $c")
+    tracker.finish()
+    (command,) = re.findall(r"(wandb sync .*) sends the rest", caplog.text)
+    assert shlex.split(command) == ["wandb", "sync", str(tracker.files)]
 
 
 def test_disabled_it_does_nothing_and_keeps_the_id(tmp_path):
