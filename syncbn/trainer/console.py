@@ -28,7 +28,7 @@ class Screen:
     def say(self, text: str) -> None:
         # A full disk under a job's output, or a pipe that nobody reads, is no reason to end it
         with suppress(OSError):
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, emoji=False)
 
     def start(self) -> None:
         if not self.console.is_terminal:

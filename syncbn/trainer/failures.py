@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from syncbn.trainer import world
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.loop import BadSteps
@@ -27,7 +28,8 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
     if config.train.compile and (broken := graph_break(error)):
         return broken
     if lost_another(error):
-        return LostRank((training.desync and training.desync.stall) or reason(error))
+        stall = training.desync and training.desync.stall  # of a network that is cut, the store's too
+        return LostRank(stall or (world.cause_told() if rank == 0 else None) or reason(error))
     return error
 
 

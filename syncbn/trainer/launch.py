@@ -3,10 +3,11 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,11 +19,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import ranks, stop, sweep, words, world
+from syncbn.trainer import pulse, ranks, stop, sweep, words, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.folder import RunFolder, name_of
+from syncbn.trainer.lock import now
 from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, REASON, as_rank
 from syncbn.trainer.secrets import redacted
@@ -147,7 +149,7 @@ def start_ranks_again(config: Config) -> None:
 
 def start_ranks(config: Config) -> None:
     """Run the config on ranks of this machine."""
-    nproc = world.ranks_to_start(config.launch)
+    nproc, began = world.ranks_to_start(config.launch), now()
     world.set_rank_environment(config.launch, nproc)
     on_cpus = world.choose_device(config.launch).type == "cpu"
     with scratch() as folder:
@@ -160,9 +162,11 @@ def start_ranks(config: Config) -> None:
             if code != 0:  # else they had come to the end of the run already
                 raise Ended(f"ended by {ends.signalled.name}", code, said(handed_over, *range(nproc)))
         elif failed := {rank: code for rank, code in ends.exit_codes.items() if code}:
-            rank, code = to_blame(failed)
+            rank, code = to_blame(failed, [rank for rank in failed if said(handed_over, rank)])
             reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
-            raise RanksFailed(f"rank {rank} {_end(code)}", code, reason)
+            error = RanksFailed(f"rank {rank} {_end(code)}", code, reason)
+            pulse.blame(RunFolder(config.run).status, rank, reason or str(error), sure=bool(reason), since=began)
+            raise error
 
 
 def said(handed_over: Path, *ranks: int) -> str:
@@ -180,12 +184,17 @@ def signals_to_pass_on() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) in own]
 
 
-def to_blame(exit_codes: dict[int, int]) -> tuple[int, int]:
-    """The rank that the others fell with, and its exit code: one that said why, else one that was killed."""
-    told = [code in FINAL for code in exit_codes.values()]
-    killed = [code < 0 and code != -signal.SIGTERM for code in exit_codes.values()]
-    ranked = sorted(zip(told, killed, exit_codes.items(), strict=True), key=lambda one: one[:2], reverse=True)
-    return ranked[0][2]
+def to_blame(exit_codes: dict[int, int], told: Collection[int] = ()) -> tuple[int, int]:
+    """The rank that the others fell with, and its exit code. told: ranks that said why.
+
+    It is one whose end is final, else one that was killed, else one that said why, and not that it lost another.
+    """
+
+    def guilt(end: tuple[int, int]) -> tuple[bool, bool, bool]:
+        rank, code = end
+        return code in FINAL, code < 0 and code != -signal.SIGTERM, rank in told
+
+    return max(exit_codes.items(), key=guilt)
 
 
 def named(config: Config) -> Config:
@@ -223,9 +232,9 @@ def _refusing(refused: UserError) -> Callable[[], NoReturn]:
 
 
 def _refuse_multirun() -> NoReturn:
-    arguments = " ".join(a for a in sys.argv[1:] if a not in ("-m", "--multirun"))
-    line = f"python {sys.argv[0]} -m {arguments} launch.nproc={world.local_size()}"
-    raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {line}")
+    overrides = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+    command = shlex.join(["python", sys.argv[0], "-m", *overrides, f"launch.nproc={world.local_size()}"])
+    raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {command}")
 
 
 def _end(exit_code: int) -> str:

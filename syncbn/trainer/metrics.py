@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Record:
     def __init__(self, path: Path, state: dict[str, Any] | None = None):
         """state: of the record that is gone on with; what it wrote later is cut off. None: a new record."""
         state = state or {"written": 0, "unwritten": "", "time_s": 0.0}
+        self.path = path
         self.file = path.open("ab", buffering=0)
         if self.file.tell() > state["written"]:
             self.file.truncate(state["written"])
@@ -95,6 +97,16 @@ class Record:
                     "metrics.jsonl cannot be written (%s): figures are kept until it can, training goes on", error
                 )
             self.warned = True
+
+    def numbers(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """The step and the numbers of each line so far, but for its time; a line that is damaged is passed over."""
+        for text in (self.path.read_bytes() + self.unwritten).splitlines():
+            try:
+                line = json.loads(text)
+                step, _ = line.pop("step"), line.pop("time_s")
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+            yield step, {name: value for name, value in line.items() if type(value) in (int, float)}
 
     def close(self) -> None:
         """Raises OSError if figures are still unwritten."""

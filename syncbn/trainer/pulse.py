@@ -5,11 +5,14 @@ import logging
 import math
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from syncbn.trainer import lock
+from syncbn.trainer.errors import one_line
 from syncbn.trainer.files import put
 from syncbn.trainer.lock import now
 from syncbn.trainer.secrets import redacted
@@ -89,12 +92,32 @@ class Pulse:
             **redacted(figures),
         )
         try:
-            with put(self.path, on_disk=False) as file:
-                file.write(json.dumps(asdict(self.status), indent=1).encode() + b"\n")
+            _write(self.path, self.status)
         except OSError as error:
             if not self.warned:
                 log.warning("%s cannot be written (%s): training goes on, and it tells what was", self.path, error)
             self.warned = True
+
+
+def blame(path: Path, rank: int, cause: str, *, sure: bool, since: str) -> None:
+    """Have a run whose ranks have failed tell the cause that their launcher knows. It never raises.
+
+    A run that was not started since then, has ended in order or is another job's by now is left as it is.
+
+    rank: the one to blame. sure: the cause is its own word; else what rank 0 has told stands as well.
+    """
+    with suppress(OSError, ValueError):
+        status = read(path)
+        if status.state not in (*LIVE, "failed") or when(status.started) < when(since) or lock.holder(path.parent):
+            return
+        if status.error and not sure:
+            cause = f"{cause} (rank 0: {status.error})" if rank else status.error
+        _write(path, replace(status, state="failed", error=one_line(redacted(cause)), updated=now()))
+
+
+def _write(path: Path, status: Status) -> None:
+    with put(path, on_disk=False) as file:
+        file.write(json.dumps(asdict(status), indent=1).encode() + b"\n")
 
 
 def read(path: Path) -> Status:

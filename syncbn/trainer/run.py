@@ -215,8 +215,10 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
         code = run(config, world.join(config.launch, world.meet()))
     except UserError as error:
         told = world.rank() > 0 and error.on_every_rank
-        if not told and not (reason and _written(reason, f"{error}")):
-            print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
+        if not told:
+            world.tell_cause(redacted(f"{error}"))
+            if not (reason and _written(reason, f"{error}")):
+                print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_every_rank:
             world.word_of_rank_0("", patience_s=30)
         return USER_ERROR
@@ -225,8 +227,11 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
         lost = isinstance(error, LostRank)
         text = f"rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
         print(redacted(text), end="", file=sys.stderr, flush=True)
-        if reason and not lost:
-            _written(reason, one_line("".join(traceback.format_exception_only(error)).strip()))
+        if not lost:
+            line = one_line("".join(traceback.format_exception_only(error)).strip())
+            world.tell_cause(redacted(line))
+            if reason:
+                _written(reason, line)
         return FAILED
     world.leave()
     return code

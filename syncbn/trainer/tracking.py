@@ -8,18 +8,20 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from queue import Full, Queue
+from shlex import quote
 from typing import Any
 
 from syncbn.trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOGGED_AT_ONCE = 100  # acts of the past that W&B need not answer one by one
 WAITING = 4096  # acts that may wait for W&B: 30 s of a hundred a second
 
 
@@ -60,6 +62,9 @@ class Tracker:
     last warning and `failure` says why; at once when WAITING acts are waiting, or when something else than wandb-core
     keeps the thread for `2 timeout_s`.
 
+    An offline run is whole by itself: it is first told what earlier processes logged, unless W&B's server has that. The
+    run's older offline folders are then marked as `wandb sync` marks what it has sent, so that no step is sent twice.
+
     `finish` waits for `timeout_s` at most. A wandb-core that is not done in half of it is killed, and the offline run
     has the other half. wandb's own atexit hook, which would wait without end, goes with each wandb-core, and its
     telemetry (WANDB_ERROR_REPORTING), which would wait for the server at exit, is off.
@@ -69,6 +74,7 @@ class Tracker:
     Args:
         folder: The run's; W&B's files go to its wandb/.
         run_id: W&B's id of a run to go on with, as `run_id` was; None for a new one.
+        earlier: step and figures of each line that this run has logged already, in an earlier process.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Tracker:
         group: str,
         settings: dict[str, Any],
         run_id: str | None = None,
+        earlier: Iterable[tuple[int, dict[str, float]]] = (),
     ):
         self.run: Any = None
         self.failure: str | None = None
@@ -88,13 +95,16 @@ class Tracker:
         self.run_id = run_id or of_sweep or secrets.token_hex(4)
         self._timeout_s = config.timeout_s
         self._acts: Queue[Act] = Queue(WAITING)
+        self._earlier: list[Act] = []  # what an offline run is told first
         self._known: list[Act] = []  # what a run that takes over is told
-        self._since = math.inf  # time.monotonic() when what now waits for W&B began
+        self._since = math.inf  # time.monotonic() when W&B was asked for what it has not answered yet
         self._silence = ""  # why wandb-core was killed
         self._ended = threading.Event()
         if config.mode == "disabled":
             self._ended.set()
             return
+        if not _is_sent(folder / "wandb", self.run_id):
+            self._earlier = [packed(partial(_log, step, figures)) for step, figures in earlier]
         begin = partial(_begin, config, folder, name=name, group=group, settings=settings, run_id=self.run_id)
         threading.Thread(target=self._work, args=(begin, config.mode), name="wandb", daemon=True).start()
         threading.Thread(target=self._guard, name="wandb-guard", daemon=True).start()
@@ -148,8 +158,8 @@ class Tracker:
                     return
                 except (Exception, SystemExit) as error:  # whatever it is, it is not the training's
                     reason = self._silence or f"{type(error).__name__}: {error}".splitlines()[0]
-                self._since = time.monotonic()
-                abandon_service()
+                with self._asking():
+                    abandon_service()
             self._leave_out(reason)
         finally:
             abandon_service()
@@ -160,12 +170,15 @@ class Tracker:
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # its telemetry asks the server at exit, and waits for up to 30 s
         import wandb  # noqa: F401  only rank 0 tracks, and only if it is wanted; takes seconds, so before the clock runs
 
-        self._since = time.monotonic()
-        self.run = begin(mode)
+        with self._asking():
+            self.run = begin(mode)
         if reason:
             log.warning("W&B failed (%s); the run goes on offline, with all its figures, in %s", reason, self.files)
-        for act in self._known:
-            self._do(act)
+        for number, act in enumerate([*(self._earlier if mode == "offline" else ()), *self._known], start=1):
+            self._do(act, answered=number % LOGGED_AT_ONCE == 0)
+        if mode == "offline" and self.files:
+            for older in _unsent(self.files.parent, self.run_id) - {self.files}:
+                _mark_sent(older)
         while self.failure is None and not (self._known and self._known[-1].func is _finish):
             act = self._acts.get()
             self._known.append(packed(act))
@@ -173,12 +186,20 @@ class Tracker:
             if act.func is _alert:  # nobody wants it twice
                 self._known.pop()
 
-    def _do(self, act: Act) -> None:
+    def _do(self, act: Act, *, answered: bool = True) -> None:
+        with self._asking():
+            act(self.run)
+            if answered and act.func is not _finish:
+                self.run.status()  # comes back if wandb-core is alive: it is handed figures without a word
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A block that waits for W&B: silence counts from its beginning to its end, and not between two of them."""
         self._since = time.monotonic()
-        act(self.run)
-        if act.func is not _finish:
-            self.run.status()  # comes back if wandb-core is alive: it is handed figures without a word
-        self._since = math.inf
+        try:
+            yield
+        finally:
+            self._since = math.inf
 
     def _guard(self) -> None:
         """Kill a wandb-core that does not answer, and leave W&B out if its thread waits for something else."""
@@ -232,6 +253,23 @@ def _begin(
     return run
 
 
+def _is_sent(wandb_folder: Path, run_id: str) -> bool:
+    """Whether W&B's server has what earlier processes logged: they were online, or it was sent since."""
+    return any(wandb_folder.glob(f"*run-*-{run_id}")) and not _unsent(wandb_folder, run_id)
+
+
+def _unsent(wandb_folder: Path, run_id: str) -> set[Path]:
+    """The folders of a run's processes that were offline and have not been sent."""
+    return {folder for folder in wandb_folder.glob(f"offline-run-*-{run_id}") if not any(folder.glob("*.wandb.synced"))}
+
+
+def _mark_sent(folder: Path) -> None:
+    """Have `wandb sync` pass over it."""
+    with suppress(OSError):
+        for file in folder.glob("*.wandb"):
+            file.with_suffix(".wandb.synced").touch()
+
+
 def _log(step: int, figures: dict[str, float], run: Any) -> None:
     run.log({"step": step, **figures}, step=step)
 
@@ -274,7 +312,7 @@ def _finish(exit_code: int, run: Any) -> None:
     try:
         run.finish(exit_code=exit_code)
     except TimeoutError:
-        log.warning("W&B has not taken all yet: wandb sync %s sends the rest", run.settings.sync_dir)
+        log.warning("W&B has not taken all yet: wandb sync %s sends the rest", quote(str(run.settings.sync_dir)))
     with suppress(Exception, SystemExit):
         wandb.teardown()  # else its atexit hook does it, and waits without end
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import nn
@@ -85,6 +86,7 @@ class Watch:
             group=group,
             settings=redacted(as_dict(config)),
             run_id=state["wandb"],
+            earlier=self.record.numbers(),
         )
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
@@ -246,7 +248,7 @@ class Watch:
             return {**rows, "W&B": f"failed: {self.tracker.failure}"}
         if files := self.tracker.files:
             files = files.relative_to(Path.cwd()) if files.is_relative_to(Path.cwd()) else files
-            return {**rows, "look": f"wandb leet {files}", "upload": f"wandb sync {files}"}
+            return {**rows, "look": f"wandb leet {quote(str(files))}", "upload": f"wandb sync {quote(str(files))}"}
         return rows
 
 

@@ -32,6 +32,7 @@ BROADCAST_BUFFERS = next(
 
 LONGEST_S = 7 * 24 * 3600
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
+CAUSE = "syncbn/cause"  # the store's key for why a rank failed, by its own word
 HEARING_S = 30  # how long rank 0 waits for the others to hear it
 MOST_HOSTS = 3  # told by name in one line
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
@@ -304,6 +305,21 @@ def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
         if store.add(f"{WORD}/hearers", 1) == size() - 1:
             store.set(f"{WORD}/heard", "")
         return word
+    return None
+
+
+def tell_cause(line: str) -> None:
+    """Let rank 0 know why this rank fails, before it loses it; of several ranks the first to tell is heard."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            meet().compare_set(CAUSE, "", line)
+
+
+def cause_told() -> str | None:
+    """Why a rank has failed, by its own word; None if none has told. Not for a rank whose store may not answer."""
+    with suppress(RuntimeError):
+        if meet().check([CAUSE]):
+            return meet().get(CAUSE).decode()
     return None
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from syncbn.trainer import pulse
+from syncbn.trainer import launch, pulse
+from syncbn.trainer.errors import UserError
 from syncbn.trainer.launch import Ended, RanksFailed
 from syncbn.trainer.models.residual import SmallResNet
 from tests.launch.jobs import state as latest
@@ -117,6 +119,18 @@ def test_without_a_terminal_lines_are_plain_and_tell_where_all_lies(trained):
         assert Path(path).is_dir()
 
 
+def test_commands_that_are_printed_can_be_pasted_whatever_the_run_is_called(tmp_path):
+    name = """it's a "{b,c}" $HOME :cat: *"""
+    word = "run.name='" + name.replace("'", "\\'") + "'"  # as Hydra reads it
+    done = run(PYTHON, "train.steps=1", "launch.nproc=1", "drift.level=off", word, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
+    for row, command in ("look", "wandb leet"), ("upload", "wandb sync"):
+        (line,) = re.findall(rf"^{row} +(.*)", done.stdout, re.M)
+        told = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], cwd=ROOT, capture_output=True, text=True)
+        assert told.stdout.splitlines() == [*command.split(), str(folder)]
+
+
 def test_the_checkpoint_is_whole_and_holds_no_code(trained):
     _, folder = trained
     state = latest(folder)
@@ -208,6 +222,16 @@ def test_multirun_under_torchrun_is_refused_with_the_right_command():
     assert done.returncode != 0
     (line,) = errors(done)
     assert line.endswith("run: python train.py -m seed=0,1 launch.nproc=2")
+
+
+def test_the_command_in_place_of_a_multirun_under_torchrun_can_be_pasted(monkeypatch):
+    words = ["seed=0,1", "run.root=a b", "data.mean=[0.5]", "+x={a:1}", "run.name=$HOME"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words])
+    with pytest.raises(UserError) as refused:
+        launch._refuse_multirun()
+    command = str(refused.value).partition("; run: ")[2]
+    assert shlex.split(command) == ["python", "train.py", "-m", *words, "launch.nproc=1"]
+    assert " seed=0,1 " in command  # as it was given
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import PYTHON, differing, figures, finished, job, state
+from syncbn.trainer import pulse, status
+from tests.launch.jobs import PYTHON, STANDALONE, differing, figures, finished, job, state
+from tests.trainer.images import image_folder
 
 SHORT = ["run.name=r", "launch.nproc=2", "train.steps=20", "train.log_every=4", "train.eval_every=15"]
 SHORT += ["checkpoint.every=4", "wandb.mode=disabled"]
@@ -50,13 +52,32 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(undying, tmp_pat
     assert figures(root / "r") == figures(undying)
 
 
-def test_without_restarts_the_job_says_who_died(tmp_path):
-    death = f"step:1:{tmp_path / 'died'}"
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_without_restarts_the_job_says_who_died(tmp_path, rank):
+    death = f"step:{rank}:{tmp_path / 'died'}"
     code, said = finished(PYTHON, *DEADLY, "launch.max_restarts=0", root=tmp_path / "runs", SYNCBN_TEST_DEATH=death)
     assert code == 1
-    assert "error: rank 1 was ended by SIGKILL" in said
-    assert re.search(r"^rank 0 lost another: ", said, re.M)
+    (line,) = re.findall(r"^error: (.*)", said, re.M)
+    assert line.startswith(f"rank {rank} was ended by SIGKILL")
+    (lost,) = re.findall(rf"^rank {1 - rank} lost another: (.*)", said, re.M)
     assert "Traceback" not in said
+    told = pulse.read(tmp_path / "runs" / "r" / pulse.NAME)
+    assert (told.state, told.error) == ("failed", f"{line} (rank 0: {lost})" if rank else line)
+
+
+@pytest.mark.parametrize("door", [PYTHON, pytest.param([*STANDALONE, "train.py"], marks=pytest.mark.slow)])
+def test_what_one_rank_fails_with_is_the_cause_everywhere(tmp_path, door):
+    """Seen with a broken JPEG: the screen named it, status.json said "Connection closed by peer"."""
+    data = image_folder(tmp_path / "data", {"a": 20, "b": 20}, {"a": 2, "b": 2}, size=32)
+    (data / "train" / "b" / "0007.jpg").write_bytes(b"")
+    options = ["data=image_folder", f"data.root={data}", *SHORT, "seed=2"]  # with which it is rank 1's
+    code, said = finished(door, *options, root=tmp_path / "runs")
+    assert code == (2 if door is PYTHON else 1)
+    (cause,) = re.findall(rf"^error: (cannot read {data}/train/b/0007.jpg .*)", said, re.M)
+    assert f"rank 0 lost another: {cause}\n" in said
+    told = pulse.read(tmp_path / "runs" / "r" / pulse.NAME)
+    assert (told.state, told.error) == ("failed", cause)
+    assert f"r: {cause}" in status.plain(status.runs([tmp_path / "runs"])).splitlines()
 
 
 @pytest.mark.slow

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
 
 from syncbn.trainer.files import SCRATCH
-from tests.launch.jobs import PYTHON, STANDALONE, differing, figures, finished, job, saved_steps, state
+from tests.launch.jobs import PYTHON, ROOT, STANDALONE, differing, figures, finished, job, saved_steps, state
 from tests.trainer.images import image_folder
+from tests.trainer.test_tracking import read
 
 EVERYTHING = [
     "run.name=r", "launch.nproc=2", "train.steps=24", "train.log_every=3", "train.eval_every=16", "checkpoint.every=5",
@@ -100,6 +102,27 @@ def test_an_evaluation_is_left_at_once_and_made_after(tmp_path):
         again.until(lambda: "going on from step 2" in again.said)
         time.sleep(4)
         assert len(figures(tmp_path / "r")) == 1  # it evaluates, and does not train on before
+
+
+@pytest.mark.slow
+def test_what_is_printed_uploads_the_whole_run_after_it_was_asked_to_end(tmp_path):
+    """Seen with W&B offline: two folders, and the line that is printed named the second half alone."""
+    command = [*PYTHON, *EVERYTHING[:-1], "wandb.mode=offline"]
+    for _ in range(2):
+        with job(command, root=tmp_path / "runs") as asked:
+            asked.until_past(max(saved_steps(asked.root / "r"), default=0) + 5)
+            os.kill(asked.process.pid, signal.SIGTERM)
+            assert asked.wait() == 75, asked.said
+    code, said = finished(command, root=tmp_path / "runs")
+    assert code == 0, said
+
+    (upload,) = re.findall(r"^upload +wandb sync (.*)", said, re.M)
+    history = [r["history"]["item"] for r in read(ROOT / upload) if r["type"] == "history"]
+    record = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    for name in "train/loss", "train/images_per_s", "eval/accuracy":
+        told, written = ([(line["step"], line[name]) for line in lines if name in line] for lines in (history, record))
+        assert told == written
+    assert len(list(tmp_path.glob("runs/r/wandb/offline-run-*/*.synced"))) == 2
 
 
 @pytest.mark.slow

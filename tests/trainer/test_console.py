@@ -58,6 +58,12 @@ def test_a_window_without_a_good_step_has_no_part_in_the_loss():
     assert "no good step  50 images/s  data wait 40%  |  eval loss" in console.file.getvalue()
 
 
+def test_what_is_said_is_never_read_as_markup_or_as_the_name_of_a_picture():
+    console = Console(file=io.StringIO(), width=200)
+    Screen(1, console).say("[red]runs/:cat:[/red]")
+    assert console.file.getvalue() == "[red]runs/:cat:[/red]\n"
+
+
 def test_the_closing_table_never_cuts_a_path():
     assert shown(terminal=False).splitlines()[-1] == "look           wandb leet " + 40 * "long/"
 

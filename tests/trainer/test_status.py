@@ -70,6 +70,35 @@ def test_what_json_has_no_word_for_is_left_unknown_and_no_secret_is_told(tmp_pat
     assert (seen["objective"], seen["images_per_s"], seen["error"]) == (None, None, "it said ***")
 
 
+BLAMED = {
+    "its-own-word": ("failed", "lost", {"sure": True}, "failed", "the cause"),
+    "not-its-own-word": ("failed", "lost", {}, "failed", "the cause (rank 0: lost)"),
+    "rank-0": ("failed", "incomplete", {"rank": 0}, "failed", "incomplete"),
+    "rank-0-was-killed": ("training", None, {"rank": 0}, "failed", "the cause"),
+    "preempted": ("preempted", None, {}, "preempted", None),
+    "finished": ("finished", None, {}, "finished", None),
+    "an-earlier-start": ("failed", "lost", {"since": "2100-01-01T00:00:00Z"}, "failed", "lost"),
+}
+
+
+@pytest.mark.parametrize("before, error, words, after, told", BLAMED.values(), ids=BLAMED)
+def test_a_run_that_failed_tells_the_cause_that_its_launcher_knows(tmp_path, before, error, words, after, told):
+    since = tell(tmp_path / "r", before, error=error).started
+    pulse.blame(tmp_path / "r" / pulse.NAME, cause="the cause", **{"rank": 1, "sure": False, "since": since, **words})
+    seen = pulse.read(tmp_path / "r" / pulse.NAME)
+    assert (seen.state, seen.error) == (after, told)
+
+
+def test_a_run_that_is_another_jobs_by_now_is_not_blamed(tmp_path):
+    since = lock.now()
+    with running(tmp_path / "r") as (_, told):
+        told()
+        pulse.blame(tmp_path / "r" / pulse.NAME, 1, "the cause", sure=True, since=since)
+        assert states(tmp_path) == {"r": "training"}
+    pulse.blame(tmp_path / "nothing" / pulse.NAME, 1, "the cause", sure=True, since=since)
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_disk_that_fails_costs_one_warning(tmp_path, caplog):
     teller = Pulse(tmp_path / "gone" / pulse.NAME, step=0, steps=1, epoch=0, world_size=1)
     teller.tell("training", None)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from syncbn.trainer import tracking
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.tracking import WAITING, Tracker, WandbConfig
 from tests.trainer.tracked import FIGURES, STEPS
@@ -160,6 +163,111 @@ def test_a_run_goes_on_under_the_id_that_is_handed_over(offline):
     assert offline.run_id == "0123abcd"
     (run,) = [r["run"] for r in read(offline.files) if r["type"] == "run"]
     assert (run["run_id"], run["resume"]) == ("0123abcd", True)
+
+
+def test_the_newest_folder_of_a_run_that_goes_on_is_whole_and_alone_is_sent(offline):
+    folders = offline.files.parent
+    then = Tracked(folders.parent, "gone-on", run_id="0123abcd")
+    assert is_whole(then.files)
+    paths = list(folders.glob("offline-run-*"))
+    assert len(paths) == 2
+    sync = [WANDB, "sync", "--dry-run", *paths]
+    listed = subprocess.run(sync, cwd=folders, capture_output=True, text=True, check=True).stderr
+    assert "Would sync 1 run(s)" in listed
+    assert then.files.name in listed
+
+
+class TakesAll:
+    """A W&B run that notes what it is told, and is in order."""
+
+    def __init__(self, folder, mode):
+        name = "offline-run" if mode == "offline" else "run"
+        self.settings = SimpleNamespace(sync_dir=folder / "wandb" / f"{name}-{time.monotonic_ns()}-abc")
+        self.settings.sync_dir.mkdir(parents=True)
+        (self.settings.sync_dir / "run-abc.wandb").touch()
+        self.steps, self.summary, self.finished = [], {}, False
+
+    def log(self, figures, step):
+        self.steps.append(step)
+
+    def status(self):
+        pass
+
+    def finish(self, exit_code):
+        self.finished = True
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Begin a Tracker whose W&B is none, and whose server may be away."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(teardown=lambda: None))
+
+    def begin(folder, *, mode="offline", server=True, earlier=(), timeout_s=TIMEOUT_S):
+        def one_run(config, folder, mode, **_):
+            if mode == "online" and not server:
+                raise OSError("no server")
+            return TakesAll(folder, mode)
+
+        monkeypatch.setattr(tracking, "_begin", one_run)
+        config = WandbConfig(mode=mode, timeout_s=timeout_s)
+        told = [(step, {"x": 1.0}) for step in earlier]
+        return Tracker(config, folder, name="", group="", settings={}, run_id="abc", earlier=told)
+
+    return begin
+
+
+def logged(tracker, steps):
+    """The steps that W&B's last run was told, once these are logged too."""
+    for step in steps:
+        tracker.log(step, {"x": 1.0})
+    tracker.finish()
+    assert tracker.failure is None
+    return tracker.run.steps
+
+
+# How two processes track a run, and whether what the second leaves has to hold what the first logged
+PROCESSES = {
+    "offline": ({}, {}, True),
+    "online": ({"mode": "online"}, {"mode": "online"}, False),
+    "online-and-then-without-a-server": ({"mode": "online"}, {"mode": "online", "server": False}, False),
+    "online-and-never-a-server": ({"mode": "online", "server": False}, {"mode": "online", "server": False}, True),
+    "online-and-then-offline": ({"mode": "online"}, {}, False),
+    "disabled-and-then-offline": ({"mode": "disabled"}, {}, True),
+}
+
+
+@pytest.mark.parametrize("first, second, whole", PROCESSES.values(), ids=PROCESSES)
+def test_a_run_that_goes_on_logs_again_what_no_server_has(tmp_path, begin, first, second, whole):
+    tracker = begin(tmp_path, **first)
+    if first != {"mode": "disabled"}:
+        logged(tracker, [1, 2, 3])
+    assert logged(begin(tmp_path, **second, earlier=[1, 2]), [3, 4]) == ([1, 2, 3, 4] if whole else [3, 4])
+
+
+def test_what_was_sent_in_between_is_not_logged_again(tmp_path, begin):
+    logged(begin(tmp_path), [1, 2])
+    for file in tmp_path.glob("wandb/*/*.wandb"):
+        file.with_suffix(".wandb.synced").touch()  # as wandb sync does
+    assert logged(begin(tmp_path, earlier=[1, 2]), [3, 4]) == [3, 4]
+
+
+def test_no_silence_is_counted_while_nothing_is_asked(tmp_path, begin):
+    """Seen with train.log_every=400 wandb.timeout_s=8: given up for "no answer for 47.8 s" at the first log."""
+    tracker = begin(tmp_path, timeout_s=0.5)
+    time.sleep(1.5)
+    assert logged(tracker, [400]) == [400]
+    assert len(list(tmp_path.glob("wandb/*"))) == 1
+
+
+def test_the_command_that_sends_the_rest_can_be_pasted(tmp_path, begin, caplog, monkeypatch):
+    def finish(run, exit_code):
+        raise TimeoutError
+
+    monkeypatch.setattr(TakesAll, "finish", finish)
+    tracker = begin(tmp_path / "a {b} $c")
+    tracker.finish()
+    (command,) = re.findall(r"(wandb sync .*) sends the rest", caplog.text)
+    assert shlex.split(command) == ["wandb", "sync", str(tracker.files)]
 
 
 def test_disabled_it_does_nothing_and_keeps_the_id(tmp_path):

@@ -2,7 +2,8 @@
 
 python -m tests.trainer.tracked FOLDER '{"mode": ..., "timeout_s": ...}' WHAT RUN_ID
 
-RUN_ID may be empty, WHAT is none, SIGKILL, SIGSTOP or SIGSTOP-at-the-end. Prints what the training thread saw, as JSON.
+RUN_ID may be empty, WHAT is none, SIGKILL, SIGSTOP, SIGSTOP-at-the-end or gone-on (from the middle). Prints what the
+training thread saw, as JSON.
 """
 
 import json
@@ -33,7 +34,16 @@ def wandb_cores():
 
 def main(folder, config, what, run_id, *_):
     config = WandbConfig(**json.loads(config))
-    tracker = Tracker(config, Path(folder), name="a", group="b", settings={"seed": 0}, run_id=run_id or None)
+    began_at = STEPS // 2 if what == "gone-on" else 0
+    tracker = Tracker(
+        config,
+        Path(folder),
+        name="a",
+        group="b",
+        settings={"seed": 0},
+        run_id=run_id or None,
+        earlier=((step, figures(step)) for step in range(1, began_at + 1)),
+    )
     slowest_s = 0.0
 
     def timed(call, *arguments):
@@ -42,12 +52,12 @@ def main(folder, config, what, run_id, *_):
         call(*arguments)
         slowest_s = max(slowest_s, time.monotonic() - began)
 
-    for step in range(1, STEPS + 1):
+    for step in range(began_at + 1, STEPS + 1):
         if step == STEPS // 2:
             wait_for(lambda: tracker.files or tracker.failure)
             if what in ("SIGKILL", "SIGSTOP"):
                 send(what)
-        timed(tracker.log, step, {f"train/{i}": float(step) for i in range(FIGURES)})
+        timed(tracker.log, step, figures(step))
         if step == 2:
             timed(tracker.alert, "title", "told")
         time.sleep(0.02)
@@ -67,6 +77,10 @@ def main(folder, config, what, run_id, *_):
         "left_at": time.time(),
     }
     print(json.dumps(seen))
+
+
+def figures(step):
+    return {f"train/{i}": float(step) for i in range(FIGURES)}
 
 
 def stopped():
