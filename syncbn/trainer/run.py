@@ -161,7 +161,7 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     place = norms.Place(ranks.device, ranks.size, world.local_size(), images.global_batch)
     model, converted = norms.convert(model, config.norm, place)
-    return Parts(images, model, converted, tasks.build(config.task), notes)
+    return Parts(images, model, converted, tasks.build(config.task, len(images.classes)), notes)
 
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
@@ -169,10 +169,17 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     average = Average(parts.model, config.train.ema) if config.train.ema else None
     if config.train.compile:
         parts.model.compile(fullgraph=True)
+    if not any(parameter.requires_grad for parameter in parts.model.parameters()):
+        raise UserError(
+            f"model.name={config.model.name} has no parameter to train (requires_grad is False for all, if there are "
+            "any): leave some to train, or take task=evaluate",
+            on_every_rank=True,
+        )
     model = DistributedDataParallel(
         parts.model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.find_unused_parameters,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
         **{world.BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
