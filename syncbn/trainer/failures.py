@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn.trainer.config import Config
+from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.loop import BadSteps
 from syncbn.trainer.training import Training
@@ -23,6 +24,8 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
     """The error as the user can act on it, or as it is."""
     if isinstance(error, BadSteps):
         return diverged(error)
+    if no_room := config.data.workers and no_shared_memory(error):
+        return no_room
     if is_out_of_memory(error):
         return out_of_memory(error, config, rank)
     if isinstance(error, ValueError) and re.search("(more than 1|one) value per channel", str(error)):

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,7 +114,7 @@ def on_its_ranks(config: Config) -> None:
     if world.under_torchrun():
         world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
         if code := as_rank(lambda: config):
-            raise RanksFailed("rank 0 failed", code)
+            sys.exit(code)  # it has said why
     else:
         start_ranks_again(config)
 
@@ -157,9 +157,12 @@ def start_ranks(config: Config) -> None:
             if code != 0:  # else they had come to the end of the run already
                 raise Ended(f"ended by {ends.signalled.name}", code, said(handed_over, *range(nproc)))
         elif failed := {rank: code for rank, code in ends.exit_codes.items() if code}:
-            rank, code = to_blame(failed)
+            told = [rank for rank in failed if said(handed_over, rank)]
+            rank, code = to_blame(failed, told, ends.stopped)
             reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
-            raise RanksFailed(f"rank {rank} {_end(code)}", code, reason)
+            out_of_memory = ends.out_of_memory and rank not in ends.stopped
+            end = "failed" if rank in told else _end(code, out_of_memory)
+            raise RanksFailed(f"rank {rank} {end}", code, reason)
 
 
 def said(handed_over: Path, *ranks: int) -> str:
@@ -177,12 +180,19 @@ def signals_to_pass_on() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) in own]
 
 
-def to_blame(exit_codes: dict[int, int]) -> tuple[int, int]:
-    """The rank that the others fell with, and its exit code: one that said why, else one that was killed."""
-    told = [code in FINAL for code in exit_codes.values()]
-    killed = [code < 0 and code != -signal.SIGTERM for code in exit_codes.values()]
-    ranked = sorted(zip(told, killed, exit_codes.items(), strict=True), key=lambda one: one[:2], reverse=True)
-    return ranked[0][2]
+def to_blame(exit_codes: dict[int, int], told: Collection[int], stopped: Collection[int]) -> tuple[int, int]:
+    """The rank that the others fell with, and its exit code.
+
+    One whose exit code says why, else one that was killed, else one that told why; and, of none, one that had ended
+    before this process stopped the others. told, stopped: ranks.
+    """
+
+    def likely(rank: int) -> tuple[bool, ...]:
+        code = exit_codes[rank]
+        return code in FINAL, code < 0 and rank not in stopped, rank in told, rank not in stopped
+
+    rank = max(exit_codes, key=likely)
+    return rank, exit_codes[rank]
 
 
 def named(config: Config) -> Config:
@@ -205,7 +215,7 @@ def in_one_line(job: Callable[[], Any]) -> int:
         return USER_ERROR
     except RanksFailed as error:
         if error.exit_code not in FINAL:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}{f': {error.reason}' if error.reason else ''}", file=sys.stderr, flush=True)
         elif error.reason:
             print(f"error: {error.reason}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
@@ -218,7 +228,7 @@ def _refuse_multirun() -> NoReturn:
     raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {line}")
 
 
-def _end(exit_code: int) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "was ended by SIGKILL (the kernel's, if memory ran out: then lower data.batch_per_rank)"
+def _end(exit_code: int, out_of_memory: bool) -> str:
+    if exit_code == -signal.SIGKILL and out_of_memory:
+        return "was ended by SIGKILL, the kernel's, as memory ran out: lower data.batch_per_rank or data.workers"
     return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"failed with exit code {exit_code}"

@@ -112,6 +112,8 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
         told = explained(error, training, config, ranks.rank)
         if watch:
             watch.give_up(told)
+        if told is error:
+            raise
         raise told from error
     finally:
         if training.desync:
@@ -211,7 +213,7 @@ def log_to(path: Path | None, *, warn: bool) -> None:
 
 
 def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reason: Path | None = None) -> int:
-    """Be one rank of a run: its exit code. A UserError is one line, told by one rank.
+    """Be one rank of a run: its exit code. A UserError is one line, told by one rank; so is a traceback.
 
     launcher: the pid of the process that started it, if it is known.
     reason: where the line is written for the launcher to tell, and that of another error; none: it goes to stderr.
@@ -229,14 +231,25 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
         return USER_ERROR
     except Exception as error:
         log.info("rank %d failed", world.rank(), exc_info=True)
-        lost = isinstance(error, LostRank)
-        text = f"rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
-        print(redacted(text), end="", file=sys.stderr, flush=True)
-        if reason and not lost:
-            _written(reason, one_line("".join(traceback.format_exception_only(error)).strip()))
+        if isinstance(error, LostRank):
+            print(redacted(f"rank {world.rank()} lost another: {error}"), file=sys.stderr, flush=True)
+        else:
+            _tell(error, reason)
         return FAILED
     world.leave()
     return code
+
+
+def _tell(error: Exception, reason: Path | None) -> None:
+    """Print an error that nobody foresaw, as the first rank with its traceback, else in a line if it is another."""
+    line = one_line("; ".join("".join(traceback.format_exception_only(error)).strip().splitlines()))
+    first, said = world.first_failure(line)
+    if first == world.rank():
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        if not (reason and _written(reason, line)):
+            print(redacted(f"error: rank {first} failed: {line}"), file=sys.stderr, flush=True)
+    elif line != said:
+        print(redacted(f"rank {world.rank()} failed after rank {first}: {line}"), file=sys.stderr, flush=True)
 
 
 def _written(path: Path, line: str) -> bool:

@@ -32,6 +32,7 @@ BROADCAST_BUFFERS = next(
 
 LONGEST_S = 7 * 24 * 3600
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
+FAILURE = "syncbn/failure"  # and for what the first rank to fail says
 HEARING_S = 30  # how long rank 0 waits for the others to hear it
 MOST_HOSTS = 3  # told by name in one line
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
@@ -305,6 +306,16 @@ def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
             store.set(f"{WORD}/heard", "")
         return word
     return None
+
+
+def first_failure(line: str) -> tuple[int, str]:
+    """The first rank to fail and what it said; of this rank, which fails now and says the line, if it is the first."""
+    first = f"{rank()} {line}"
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            first = meet().compare_set(FAILURE, "", first).decode()
+    number, _, said = first.partition(" ")
+    return int(number), said
 
 
 def leave() -> None:

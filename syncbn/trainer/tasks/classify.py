@@ -44,7 +44,11 @@ class Classify:
         return {"loss": sums["loss"] / samples, "accuracy": sums["correct"] / samples}
 
     def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        output = model(batch.images)
+        try:
+            output = model(batch.images)
+        except Exception as error:
+            error.add_note(f"the model was given images {[*batch.images.shape]}")
+            raise
         scores = find_scores(output)
         wanted = len(batch.images), self.classes or (scores.shape[-1] if scores is not None and scores.ndim else 0)
         if scores is None or scores.shape != wanted:
