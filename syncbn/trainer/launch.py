@@ -18,12 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import ranks, stop, sweep, world
+from syncbn.trainer import data, models, ranks, resume, stop, sweep, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.folder import RunFolder, name_of
-from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, REASON, as_rank
 from syncbn.trainer.secrets import redacted
 
@@ -100,7 +99,7 @@ def one_evaluation(composed: DictConfig) -> float:
     path = Path(composed.checkpoint.resume)
     if str(path) in ("auto", "none", "."):
         raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
-    path, state = load(path)
+    path, state = resume.load(path)
     config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
     with scratch() as folder:
         run = replace(config.run, root=str(folder))
@@ -116,7 +115,16 @@ def on_its_ranks(config: Config) -> None:
         if code := as_rank(lambda: config):
             sys.exit(code)  # it has said why
     else:
+        refuse_missing(config)
         start_ranks_again(config)
+
+
+def refuse_missing(config: Config) -> None:
+    """Raise UserError for a file or folder that is not there: the ranks would, but take seconds to start."""
+    data.refuse_missing(config.data)
+    if config.task.mode == "train":
+        models.refuse_missing(config.model)
+        resume.refuse_missing(config.checkpoint.resume, RunFolder(config.run), as_dict(config))
 
 
 def objective(folder: RunFolder) -> float:

@@ -86,7 +86,9 @@ def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, f
     oom_kills = _oom_kills()
     with _noted(signals) as received:
         try:
-            for rank in range(nproc):
+            while forked and not received and not _nurseries[os.getpid()].began():
+                time.sleep(LOOK_EVERY_S)
+            for rank in range(0 if received else nproc):
                 environment = {**os.environ, **_place(rank, nproc, store.port)}
                 ranks.append(_start(argument, environment, forked))
             while not received and not _over(ranks):
@@ -160,6 +162,8 @@ def _end(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> None:
 
 
 def _signal(ranks: Sequence[Rank], number: signal.Signals) -> None:
+    """SIGTERM in place of SIGINT: a rank heeds both alike, but at its start, where Python would show a traceback."""
+    number = signal.SIGTERM if number == signal.SIGINT else number
     for rank in ranks:
         if rank.poll() is None:
             with suppress(ProcessLookupError):

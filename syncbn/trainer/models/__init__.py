@@ -57,6 +57,14 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
     return model
 
 
+def refuse_missing(config: ModelConfig) -> None:
+    """Raise UserError if model.weights is a path, as no name that torchvision has, and no file is there."""
+    if config.weights and not config.weights.isidentifier() and not Path(config.weights).is_file():
+        raise UserError(
+            f"model.weights={config.weights}: neither a file nor weights that torchvision has for {config.name}"
+        )
+
+
 def load_all(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:
     """Load the whole state_dict of a model of this name, found at path. Raises UserError if it does not fit."""
     try:
