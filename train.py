@@ -1,9 +1,31 @@
 """Train a network: `python train.py --help` lists every key, README.md has examples."""
 
-import hydra
-from omegaconf import DictConfig
+import os
+import signal
+import sys
+from typing import NoReturn
 
-from syncbn.trainer import launch
+ENDED, EXIT_CODE = "error: ended by SIGINT", 128 + signal.SIGINT
+
+
+def end(*_: object) -> NoReturn:
+    """End at once, whatever is being imported."""
+    os.write(2, f"{ENDED}\n".encode())
+    os._exit(EXIT_CODE)
+
+
+if __name__ == "__main__":
+    # Ctrl-C would show where in an import it came
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, end)
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("syncbn: starting, some seconds", file=sys.stderr, flush=True)
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from syncbn.trainer import launch  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -12,4 +34,10 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    launch.enter(main)
+    try:
+        if heeded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        launch.enter(main)
+    except KeyboardInterrupt:
+        print(ENDED, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)

@@ -8,9 +8,13 @@ from torch import nn
 
 from syncbn.trainer import world
 from syncbn.trainer.config import Config
+from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.loop import BadSteps
 from syncbn.trainer.training import Training
+
+# What DDP says of parameters, by their places among those that train
+UNUSED = re.compile(r"[Pp]arameter indices which did not receive grad for rank \d+: ([\d ]+)")
 
 
 class LostRank(RuntimeError):
@@ -21,15 +25,19 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
     """The error as the user can act on it, or as it is."""
     if isinstance(error, BadSteps):
         return diverged(error)
+    if no_room := config.data.workers and no_shared_memory(error):
+        return no_room
     if is_out_of_memory(error):
         return out_of_memory(error, config, rank)
     if isinstance(error, ValueError) and re.search("(more than 1|one) value per channel", str(error)):
         return one_value(error, training, config)
     if config.train.compile and (broken := graph_break(error)):
         return broken
+    if isinstance(error, RuntimeError) and (left_out := UNUSED.search(str(error))):
+        return unused(left_out[1], training)
     if lost_another(error):
         stall = training.desync and training.desync.stall  # of a network that is cut, the store's too
-        return LostRank(stall or (world.cause_told() if rank == 0 else None) or reason(error))
+        return LostRank(stall or (world.failure_told() if rank == 0 else None) or reason(error))
     return error
 
 
@@ -65,6 +73,17 @@ def one_value(error: ValueError, training: Training, config: Config) -> UserErro
         f"{text}: {', '.join([*mends, 'give larger images (data.size=)'])}, or norm=group",
         # Else a rank may have fewer images than the others
         on_every_rank=training.data.share == 1 and not config.data.skip_broken,
+    )
+
+
+def unused(places: str, training: Training) -> UserError:
+    """What to say where DDP waits for gradients that do not come."""
+    trained = [name for name, parameter in training.model.module.named_parameters() if parameter.requires_grad]
+    names = [trained[int(place)] for place in places.split()]
+    return UserError(
+        f"{len(names)} of the model's parameters took no part in the loss of a step ({', '.join(names[:4])}"
+        f"{' ...' if len(names) > 4 else ''}): remove them, freeze them (requires_grad=False), or "
+        "train.find_unused_parameters=true, if it is meant so"
     )
 
 

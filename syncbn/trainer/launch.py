@@ -19,13 +19,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import pulse, ranks, stop, sweep, words, world
+from syncbn.trainer import data, models, pulse, ranks, resume, stop, sweep, words, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.folder import RunFolder, name_of
 from syncbn.trainer.lock import now
-from syncbn.trainer.resume import load
 from syncbn.trainer.run import EXIT_CODE, REASON, as_rank
 from syncbn.trainer.secrets import redacted
 
@@ -105,7 +104,7 @@ def one_evaluation(composed: DictConfig) -> float:
     path = Path(composed.checkpoint.resume)
     if str(path) in ("auto", "none", "."):
         raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
-    path, state = load(path)
+    path, state = resume.load(path)
     config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
     with scratch() as folder:
         run = replace(config.run, root=str(folder))
@@ -119,9 +118,18 @@ def on_its_ranks(config: Config) -> None:
     if world.under_torchrun():
         world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
         if code := as_rank(lambda: config):
-            raise RanksFailed("rank 0 failed", code)
+            sys.exit(code)  # it has said why
     else:
+        refuse_missing(config)
         start_ranks_again(config)
+
+
+def refuse_missing(config: Config) -> None:
+    """Raise UserError for a file or folder that is not there: the ranks would, but take seconds to start."""
+    data.refuse_missing(config.data)
+    if config.task.mode == "train":
+        models.refuse_missing(config.model)
+        resume.refuse_missing(config.checkpoint.resume, RunFolder(config.run), as_dict(config))
 
 
 def objective(folder: RunFolder) -> float:
@@ -162,9 +170,12 @@ def start_ranks(config: Config) -> None:
             if code != 0:  # else they had come to the end of the run already
                 raise Ended(f"ended by {ends.signalled.name}", code, said(handed_over, *range(nproc)))
         elif failed := {rank: code for rank, code in ends.exit_codes.items() if code}:
-            rank, code = to_blame(failed, [rank for rank in failed if said(handed_over, rank)])
+            told = [rank for rank in failed if said(handed_over, rank)]
+            rank, code = to_blame(failed, told, ends.stopped)
             reason = said(handed_over, *(range(nproc) if code == USER_ERROR else [rank]))
-            error = RanksFailed(f"rank {rank} {_end(code)}", code, reason)
+            out_of_memory = ends.out_of_memory and rank not in ends.stopped
+            end = "failed" if rank in told else _end(code, out_of_memory)
+            error = RanksFailed(f"rank {rank} {end}", code, reason)
             pulse.blame(RunFolder(config.run).status, rank, reason or str(error), sure=bool(reason), since=began)
             raise error
 
@@ -184,17 +195,20 @@ def signals_to_pass_on() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) in own]
 
 
-def to_blame(exit_codes: dict[int, int], told: Collection[int] = ()) -> tuple[int, int]:
-    """The rank that the others fell with, and its exit code. told: ranks that said why.
+def to_blame(exit_codes: dict[int, int], told: Collection[int] = (), stopped: Collection[int] = ()) -> tuple[int, int]:
+    """The rank that the others fell with, and its exit code.
 
-    It is one whose end is final, else one that was killed, else one that said why, and not that it lost another.
+    One whose exit code says why, else one that was killed, else one that told why; and, of none, one that had ended
+    before this process stopped the others. told, stopped: ranks.
     """
 
-    def guilt(end: tuple[int, int]) -> tuple[bool, bool, bool]:
-        rank, code = end
-        return code in FINAL, code < 0 and code != -signal.SIGTERM, rank in told
+    def likely(rank: int) -> tuple[bool, ...]:
+        code = exit_codes[rank]
+        killed = code < 0 and code != -signal.SIGTERM and rank not in stopped
+        return code in FINAL, killed, rank in told, rank not in stopped
 
-    return max(exit_codes.items(), key=guilt)
+    rank = max(exit_codes, key=likely)
+    return rank, exit_codes[rank]
 
 
 def named(config: Config) -> Config:
@@ -217,7 +231,7 @@ def in_one_line(job: Callable[[], Any]) -> int:
         return USER_ERROR
     except RanksFailed as error:
         if error.exit_code not in FINAL:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}{f': {error.reason}' if error.reason else ''}", file=sys.stderr, flush=True)
         elif error.reason:
             print(f"error: {error.reason}", file=sys.stderr, flush=True)
         return error.exit_code if error.exit_code > 0 else 1
@@ -237,7 +251,7 @@ def _refuse_multirun() -> NoReturn:
     raise UserError(f"-m starts a job per point and cannot do so inside torchrun; run: {command}")
 
 
-def _end(exit_code: int) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "was ended by SIGKILL (the kernel's, if memory ran out: then lower data.batch_per_rank)"
+def _end(exit_code: int, out_of_memory: bool) -> str:
+    if exit_code == -signal.SIGKILL and out_of_memory:
+        return "was ended by SIGKILL, the kernel's, as memory ran out: lower data.batch_per_rank or data.workers"
     return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"failed with exit code {exit_code}"

@@ -32,6 +32,7 @@ class TrainConfig:
     channels_last: bool = False  # memory format of images and convolutions
     compile: bool = False  # torch.compile, the whole model in one graph
     cuda_graph: bool = False  # GPUs only: each step after the 11th is one CUDA graph, launched at once
+    find_unused_parameters: bool = False  # for a model that leaves some out in some steps; it costs each step time
     ema: float = 0.0  # decay per step of an average of all weights and buffers, used in eval; 0: none
     clip_norm: float = 0.0  # largest norm of the gradient; 0: any
     max_bad_steps: int = 10  # a step whose loss or gradient is not finite is left out; more in a row end the run
@@ -47,6 +48,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name}={value}: give 1 or more")
+        if self.cuda_graph and self.find_unused_parameters:
+            raise UserError(
+                "train.cuda_graph=true with train.find_unused_parameters=true: a graph does the same in each step, and "
+                "cannot look for what was left out; choose one of the two"
+            )
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema={self.ema}: give a decay from 0 up to 1, such as 0.999")
         if self.max_bad_steps < 0:

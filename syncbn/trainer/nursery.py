@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -47,6 +48,7 @@ class Nursery:
         self._process = Popen(command, pass_fds=[handed], start_new_session=True, stdin=DEVNULL, env=environment)
         theirs.close()
         self._ended: dict[int, int] = {}
+        self._began = False
 
     @property
     def pid(self) -> int:
@@ -54,6 +56,11 @@ class Nursery:
 
     def is_gone(self) -> bool:
         return self._process.poll() is not None
+
+    def began(self) -> bool:
+        """Whether it can start ranks at once, or is gone."""
+        self._began = self._began or self._connection.poll()
+        return self._began
 
     def start(self, argument: str, environment: dict[str, str]) -> "Fork":
         """A rank. EOFError or OSError if the nursery is gone."""
@@ -73,8 +80,9 @@ class Nursery:
         return self._ended.get(pid)
 
     def close(self) -> None:
-        """End it; ranks that still run are killed."""
+        """End it, even while it imports; ranks that still run are killed."""
         self._connection.close()
+        self._process.kill()
         self._process.wait()
 
     def _heard(self) -> int | None:
@@ -102,6 +110,8 @@ def serve(connection: Connection) -> Request | None:
     awake, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
+    with suppress(OSError):  # the launcher may be gone
+        connection.send((0, 0))  # "begun": the end of no rank
     former[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
     while True:
         ready = wait([connection, awake])
@@ -114,15 +124,22 @@ def serve(connection: Connection) -> Request | None:
             request = connection.recv()
         except EOFError:
             return None
+        ready, begun = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.setsid()
             signal.set_wakeup_fd(-1)
+            os.close(ready)
             connection.close()
             os.close(awake)
             os.close(wakeup)
             for number, handler in former.items():
                 signal.signal(number, handler)
+            os.close(begun)
             return request
+        os.close(begun)
+        os.read(ready, 1)  # until it hears signals, which are sent to its group
+        os.close(ready)
         connection.send((pid, None))
 
 
@@ -142,7 +159,6 @@ def _tell_of_ends(connection: Connection) -> None:
 
 def become(request: Request) -> int:
     """Be the rank that was asked for: its exit code."""
-    os.setsid()
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)

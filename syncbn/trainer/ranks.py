@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -59,10 +61,14 @@ class Ends(NamedTuple):
 
     exit_codes: of each rank; negative for a signal's number.
     signalled: the first signal that was passed on to them, if any.
+    stopped: the ranks that still ran when this process began to end all.
+    out_of_memory: whether the kernel has ended a process meanwhile, as memory ran out.
     """
 
     exit_codes: dict[int, int]
     signalled: signal.Signals | None
+    stopped: frozenset[int] = frozenset()
+    out_of_memory: bool = False
 
 
 def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, forked: bool) -> Ends:
@@ -76,18 +82,44 @@ def run_ranks(argument: str, nproc: int, signals: Sequence[signal.Signals], *, f
     if forked:
         prepare()
     ranks: list[Rank] = []
+    stopped: frozenset[int] = frozenset()
+    oom_kills = _oom_kills()
     with _noted(signals) as received:
         try:
-            for rank in range(nproc):
+            while forked and not received and not _nurseries[os.getpid()].began():
+                time.sleep(LOOK_EVERY_S)
+            for rank in range(0 if received else nproc):
                 environment = {**os.environ, **_place(rank, nproc, store.port)}
                 ranks.append(_start(argument, environment, forked))
             while not received and not _over(ranks):
                 time.sleep(LOOK_EVERY_S)
         finally:
+            stopped = frozenset(rank for rank, process in enumerate(ranks) if process.poll() is None)
             _end(ranks, received)
     codes = {rank: process.poll() for rank, process in enumerate(ranks)}
     ends = {rank: -signal.SIGKILL if code is None else code for rank, code in codes.items()}
-    return Ends(ends, received[0] if received else None)
+    return Ends(ends, received[0] if received else None, stopped, _oom_kills() > oom_kills)
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has ended as memory ran out: in this one's cgroup, else on the machine."""
+    for path in _oom_counters():
+        with suppress(OSError):
+            if counted := re.search(r"^oom_kill (\d+)$", path.read_text(), re.M):
+                return int(counted[1])
+    return 0
+
+
+def _oom_counters() -> Iterator[Path]:
+    """Where Linux may count them; "0::" begins the line of cgroup v2, which has one tree for all controllers."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if not controllers:
+                yield Path(f"/sys/fs/cgroup{place}/memory.events")
+            elif "memory" in controllers.split(","):
+                yield Path(f"/sys/fs/cgroup/memory{place}/memory.oom_control")
+    yield Path("/proc/vmstat")
 
 
 def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -130,6 +162,8 @@ def _end(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> None:
 
 
 def _signal(ranks: Sequence[Rank], number: signal.Signals) -> None:
+    """SIGTERM in place of SIGINT: a rank heeds both alike, but at its start, where Python would show a traceback."""
+    number = signal.SIGTERM if number == signal.SIGINT else number
     for rank in ranks:
         if rank.poll() is None:
             with suppress(ProcessLookupError):

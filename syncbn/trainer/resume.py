@@ -90,6 +90,12 @@ def find(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -
     return _shared(lambda: _find(resume, folder, config), ranks)
 
 
+def refuse_missing(resume: str, folder: RunFolder, config: dict[str, Any]) -> None:
+    """Raise UserError, as `find` does, if the run is to begin at a path where there is nothing."""
+    if resume not in ("auto", "none") and not Path(resume).exists() and not folder.holds(config):
+        _at(Path(resume))
+
+
 def find_at(path: Path, ranks: World) -> Start:
     """The checkpoint that `load` finds, on every rank, as the run sees it that wrote it. Collective.
 

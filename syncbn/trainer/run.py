@@ -112,6 +112,8 @@ def train(training: Training, config: Config, ranks: World, watch: Watch | None,
         told = explained(error, training, config, ranks.rank)
         if watch:
             watch.give_up(told)
+        if told is error:
+            raise
         raise told from error
     finally:
         if training.desync:
@@ -161,7 +163,7 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     place = norms.Place(ranks.device, ranks.size, world.local_size(), images.global_batch)
     model, converted = norms.convert(model, config.norm, place)
-    return Parts(images, model, converted, tasks.build(config.task), notes)
+    return Parts(images, model, converted, tasks.build(config.task, len(images.classes)), notes)
 
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
@@ -169,10 +171,17 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     average = Average(parts.model, config.train.ema) if config.train.ema else None
     if config.train.compile:
         parts.model.compile(fullgraph=True)
+    if not any(parameter.requires_grad for parameter in parts.model.parameters()):
+        raise UserError(
+            f"model.name={config.model.name} has no parameter to train (requires_grad is False for all, if there are "
+            "any): leave some to train, or take task=evaluate",
+            on_every_rank=True,
+        )
     model = DistributedDataParallel(
         parts.model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.find_unused_parameters,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
         **{world.BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
@@ -204,7 +213,7 @@ def log_to(path: Path | None, *, warn: bool) -> None:
 
 
 def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reason: Path | None = None) -> int:
-    """Be one rank of a run: its exit code. A UserError is one line, told by one rank.
+    """Be one rank of a run: its exit code. A UserError is one line, told by one rank; so is a traceback.
 
     launcher: the pid of the process that started it, if it is known.
     reason: where the line is written for the launcher to tell, and that of another error; none: it goes to stderr.
@@ -216,7 +225,7 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
     except UserError as error:
         told = world.rank() > 0 and error.on_every_rank
         if not told:
-            world.tell_cause(redacted(f"{error}"))
+            world.first_failure(redacted(f"{error}"))
             if not (reason and _written(reason, f"{error}")):
                 print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_every_rank:
@@ -224,17 +233,25 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
         return USER_ERROR
     except Exception as error:
         log.info("rank %d failed", world.rank(), exc_info=True)
-        lost = isinstance(error, LostRank)
-        text = f"rank {world.rank()} lost another: {error}\n" if lost else traceback.format_exc()
-        print(redacted(text), end="", file=sys.stderr, flush=True)
-        if not lost:
-            line = one_line("".join(traceback.format_exception_only(error)).strip())
-            world.tell_cause(redacted(line))
-            if reason:
-                _written(reason, line)
+        if isinstance(error, LostRank):
+            print(redacted(f"rank {world.rank()} lost another: {error}"), file=sys.stderr, flush=True)
+        else:
+            _tell(error, reason)
         return FAILED
     world.leave()
     return code
+
+
+def _tell(error: Exception, reason: Path | None) -> None:
+    """Print an error that nobody foresaw, as the first rank with its traceback, else in a line if it is another."""
+    line = one_line("; ".join("".join(traceback.format_exception_only(error)).strip().splitlines()))
+    first, said = world.first_failure(redacted(line))
+    if first == world.rank():
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        if not (reason and _written(reason, line)):
+            print(redacted(f"error: rank {first} failed: {line}"), file=sys.stderr, flush=True)
+    elif redacted(line) != said:
+        print(redacted(f"rank {world.rank()} failed after rank {first}: {line}"), file=sys.stderr, flush=True)
 
 
 def _written(path: Path, line: str) -> bool:

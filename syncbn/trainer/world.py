@@ -32,7 +32,7 @@ BROADCAST_BUFFERS = next(
 
 LONGEST_S = 7 * 24 * 3600
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
-CAUSE = "syncbn/cause"  # the store's key for why a rank failed, by its own word
+FAILURE = "syncbn/failure"  # the store's key for what the first rank to fail says
 HEARING_S = 30  # how long rank 0 waits for the others to hear it
 MOST_HOSTS = 3  # told by name in one line
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
@@ -308,18 +308,21 @@ def word_of_rank_0(word: str, *, patience_s: float) -> str | None:
     return None
 
 
-def tell_cause(line: str) -> None:
-    """Let rank 0 know why this rank fails, before it loses it; of several ranks the first to tell is heard."""
+def first_failure(line: str) -> tuple[int, str]:
+    """The first rank to fail and what it said; of this rank, which fails now and says the line, if it is the first."""
+    first = f"{rank()} {line}"
     if dist.is_initialized():
         with suppress(RuntimeError):
-            meet().compare_set(CAUSE, "", line)
+            first = meet().compare_set(FAILURE, "", first).decode()
+    number, _, said = first.partition(" ")
+    return int(number), said
 
 
-def cause_told() -> str | None:
-    """Why a rank has failed, by its own word; None if none has told. Not for a rank whose store may not answer."""
+def failure_told() -> str | None:
+    """What the first rank to fail said; None if none has failed. Not for a rank whose store may not answer."""
     with suppress(RuntimeError):
-        if meet().check([CAUSE]):
-            return meet().get(CAUSE).decode()
+        if meet().check([FAILURE]):
+            return meet().get(FAILURE).decode().partition(" ")[2]
     return None
 
 

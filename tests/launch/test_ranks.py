@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from syncbn.trainer import launch, nursery, ranks
+from syncbn.trainer import nursery, ranks
 from tests.launch.jobs import PYTHON, ROOT, command_of, descendants, job, running
 
 SMALL = ["launch.nproc=2", "wandb.mode=disabled", "data.workers=0", "run.name=r", "train.steps=1000000"]
@@ -96,19 +96,6 @@ def test_a_rank_that_is_stopped_in_its_end_is_killed(tmp_path):
         assert time.monotonic() - before > 25
         assert "rank 0 was ended by SIGKILL" in started.said
         assert not started.left_over()
-
-
-ENDS = {
-    "one-whose-end-is-final": ({0: 1, 1: 2, 2: -9}, [1], 1),
-    "one-that-was-killed": ({0: 1, 1: -15, 2: -9}, [0], 2),
-    "one-that-says-why": ({0: 1, 1: 1, 2: 1}, [1], 1),
-    "one-that-lost-another": ({1: 1, 2: -15}, [], 1),
-}
-
-
-@pytest.mark.parametrize(("exit_codes", "told", "blamed"), ENDS.values(), ids=ENDS)
-def test_the_rank_that_the_others_fell_with_is_blamed(exit_codes, told, blamed):
-    assert launch.to_blame(exit_codes, told) == (blamed, exit_codes[blamed])
 
 
 class Stuck:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
-from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint
+from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint, refuse_missing
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
@@ -181,6 +181,7 @@ def build(
 
 def _images(config: DataConfig) -> tuple[Images, Images]:
     """Those to train on, and those for evaluation."""
+    refuse_missing(config)
     train, test = SOURCES[config.name](config)
     if config.train_images > len(train):
         raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")

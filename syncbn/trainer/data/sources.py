@@ -165,16 +165,19 @@ def from_archive(name: str) -> Callable[["DataConfig"], tuple[Images, Images]]:
             train.check()
             test.check()
         except Exception as error:  # files that are cut short or not what they should be raise many kinds
-            why = first_line(error).partition(" You can use")[0].rstrip(".")
-            mend = (
-                f"remove its files there, so that they are fetched anew over the network, or put {name} there yourself"
-                if config.download
-                else "point data.root to it, or remove its files there and data.download=true fetches it"
-            )
-            raise UserError(f"data.root={config.root} holds no {name} that can be read ({why}): {mend}") from error
+            raise _no_archive(name, config, first_line(error).partition(" You can use")[0].rstrip(".")) from error
         return train, test
 
     return build
+
+
+def _no_archive(name: str, config: "DataConfig", why: str) -> UserError:
+    mend = (
+        f"remove its files there, so that they are fetched anew over the network, or put {name} there yourself"
+        if config.download
+        else "point data.root to it, or remove its files there and data.download=true fetches it"
+    )
+    return UserError(f"data.root={config.root} holds no {name} that can be read ({why}): {mend}")
 
 
 def imagenet(config: "DataConfig") -> tuple[Images, Images]:
@@ -184,12 +187,16 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     try:
         parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read) for split in ("train", "val")]
     except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
-        raise UserError(
-            f"data.root={config.root} holds no ImageNet ({first_line(error)}): put the ILSVRC2012 archives there, "
-            "or take data=image_folder for class folders without them"
-        ) from error
+        raise _no_imagenet(config, first_line(error)) from error
     train, val = (Torchvision(part, [names[0] for names in part.classes]) for part in parts)
     return train, val
+
+
+def _no_imagenet(config: "DataConfig", why: str) -> UserError:
+    return UserError(
+        f"data.root={config.root} holds no ImageNet ({why}): put the ILSVRC2012 archives there, "
+        "or take data=image_folder for class folders without them"
+    )
 
 
 def image_folder(config: "DataConfig") -> tuple[Images, Images]:
@@ -210,16 +217,28 @@ def fake(config: "DataConfig") -> tuple[Images, Images]:
     return train, test
 
 
+# By the name of the source, that of torchvision's class
+ARCHIVES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+
 # torchvision is imported where it is used: it takes seconds, and the process that starts the ranks has no use for it
 SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "digits": digits,
-    "cifar10": from_archive("CIFAR10"),
-    "cifar100": from_archive("CIFAR100"),
-    "fashion_mnist": from_archive("FashionMNIST"),
+    **{source: from_archive(name) for source, name in ARCHIVES.items()},
     "imagenet": imagenet,
     "image_folder": image_folder,
     "fake": fake,
 }
+
+
+def refuse_missing(config: "DataConfig") -> None:
+    """Raise UserError if data.root is not there, at once and without torchvision; what lies in it is not looked at."""
+    root, none = Path(config.root), "there is no such folder"
+    if config.name == "image_folder" and not (root / "train").is_dir():
+        train_and_eval(root)  # which says so
+    if config.name in ARCHIVES and not config.download and not root.is_dir():
+        raise _no_archive(ARCHIVES[config.name], config, none)
+    if config.name == "imagenet" and not root.is_dir():
+        raise _no_imagenet(config, none)
 
 
 def first_line(error: Exception) -> str:

@@ -1,20 +1,26 @@
 """Processes that load data: deaf to what is sent to a rank's whole process group, and gone with their rank."""
 
 import ctypes
+import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 from threading import Thread
+from typing import Any
 
 from syncbn.trainer import world
+from syncbn.trainer.errors import FAILED, UserError
 
 # What launchers and schedulers end or warn a job with
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
+SHARED = "/dev/shm"
 LONGEST = 107 - len("/pymp-12345678/listener-12345678")  # what unix(7) has for a path, without multiprocessing's part
 
 
@@ -31,6 +37,7 @@ class HeedRankAlone:
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        Queue._on_queue_feeder_error = _send_the_error  # pyright: ignore[reportAttributeAccessIssue]
         # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
         if (scratch := world.scratch()) and len(scratch) < LONGEST:
             tempfile.tempdir = scratch
@@ -49,6 +56,29 @@ class HeedRankAlone:
         else:
             signal.sigwait([signal.SIGTERM])
         os._exit(0)
+
+
+def _send_the_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
+    """Answer for a batch that cannot be sent, for which the rank would wait for ever. item: its number, and itself."""
+    number, batch = item
+    if isinstance(batch, UserError):  # nothing more can be said
+        os._exit(FAILED)
+    queue.put((number, no_shared_memory(error) or UserError(f"a batch cannot be sent by its worker ({error})")))
+
+
+def no_shared_memory(error: BaseException) -> UserError | None:
+    """What to say if there is no room for the batches of workers, which go through /dev/shm; None: it is another."""
+    lacking = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not lacking and not re.search("shared memory|No space left on device|Bus error", str(error)):
+        return None
+    size = ""
+    with suppress(OSError):
+        place = os.statvfs(SHARED)
+        size = f" ({place.f_blocks * place.f_frsize / 2**20:.0f} MB)"
+    return UserError(
+        f"{SHARED}{size} has no room for the batches that workers send: data.workers=0 sends none, or give it more, "
+        "in a container with docker run --shm-size=8g"
+    )
 
 
 @contextmanager

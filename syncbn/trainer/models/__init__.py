@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import weights
@@ -31,14 +32,37 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
     """The model of the config, for images [N, 3, H, W] and scores [N, num_classes]; say is told what was loaded.
 
     Raises UserError for a name that is none of ours, not one of torchvision's classification models, and not
-    package.module:builder, where builder(num_classes=...) returns an nn.Module.
+    package.module:builder, where builder(num_classes=...) returns an nn.Module whose parameters have their shapes.
     """
-    model = _builder(config.name)(num_classes=num_classes)
+    builder = _builder(config.name)
+    try:
+        model = builder(num_classes=num_classes)
+    except TypeError as error:
+        if error.__traceback__ and error.__traceback__.tb_next and "num_classes" not in str(error):
+            raise  # of something inside
+        raise UserError(
+            f"model.name={config.name} cannot be called ({error}): it must be a function or a class that takes "
+            f"num_classes=, as in builder(num_classes={num_classes})"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned {type(model).__name__}: it must return an nn.Module")
+    if lazy := [name for name, tensor in tensors(model) if is_lazy(tensor)]:
+        raise UserError(
+            f"model.name={config.name} has lazy layers, which take their shapes from the first images "
+            f"({', '.join(lazy[:3])}{' ...' if len(lazy) > 3 else ''}): show it a batch of the images' shape in its "
+            "builder, model(torch.zeros(2, 3, 224, 224)) say, or take layers that are told their shapes"
+        )
     if config.weights:
         say(weights.load(model, config.name, config.weights, num_classes))
     return model
+
+
+def refuse_missing(config: ModelConfig) -> None:
+    """Raise UserError if model.weights is a path, as no name that torchvision has, and no file is there."""
+    if config.weights and not config.weights.isidentifier() and not Path(config.weights).is_file():
+        raise UserError(
+            f"model.weights={config.weights}: neither a file nor weights that torchvision has for {config.name}"
+        )
 
 
 def load_all(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:
@@ -48,6 +72,12 @@ def load_all(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Pat
     except RuntimeError as error:
         why = shorten(" ".join(str(error).splitlines()[1:]), 120, placeholder=" ...")
         raise UserError(f"{path} does not fit model.name={name} ({why}): name the model that was trained") from None
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its parameters and buffers, by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _builder(name: str) -> Callable[..., Any]:

@@ -48,8 +48,11 @@ class TaskConfig:
             raise UserError(f"task.label_smoothing={self.label_smoothing}: give a share from 0 up to 1")
 
 
-def build(config: TaskConfig) -> Task:
-    return TASKS[config.name](config)
+def build(config: TaskConfig, classes: int | None = None) -> Task:
+    """classes: of the data; None: as many as the model has scores for."""
+    return TASKS[config.name](config, classes)
 
 
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {"classify": lambda config: Classify(config.label_smoothing)}
+TASKS: dict[str, Callable[[TaskConfig, int | None], Task]] = {
+    "classify": lambda config, classes: Classify(config.label_smoothing, classes)
+}

@@ -1,27 +1,37 @@
 """Classification of images: cross-entropy and accuracy."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
+
+NAMES = ("logits", "out")  # that models give their scores in an output of several
 
 
 class Classify:
-    """One class per image; labels are classes [B], or weights [B, K] where images were mixed."""
+    """One class per image; labels are classes [B], or weights [B, K] where images were mixed.
+
+    classes: the scores that a model is to give each image; None: any number.
+    """
 
     objective = "accuracy"
 
-    def __init__(self, label_smoothing: float = 0.0):
-        self.label_smoothing = label_smoothing
+    def __init__(self, label_smoothing: float = 0.0, classes: int | None = None):
+        self.label_smoothing, self.classes = label_smoothing, classes
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = _at_least_float32(model(batch.images))
+        scores = self._scores(model, batch)
         total = F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
         return total / max(1, len(scores)), self._sums(scores, batch.labels, total)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        scores = _at_least_float32(model(batch.images))
+        scores = self._scores(model, batch)
         # Each image rounded alone and added up in float64: the same total for any share of the images
         losses = F.cross_entropy(scores, batch.labels, reduction="none").double()
         return self._sums(scores, batch.labels, losses.sum())
@@ -33,10 +43,52 @@ class Classify:
         samples = max(1.0, sums["samples"])
         return {"loss": sums["loss"] / samples, "accuracy": sums["correct"] / samples}
 
+    def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        try:
+            output = model(batch.images)
+        except Exception as error:
+            error.add_note(f"the model was given images {[*batch.images.shape]}")
+            raise
+        scores = find_scores(output)
+        wanted = len(batch.images), self.classes or (scores.shape[-1] if scores is not None and scores.ndim else 0)
+        if scores is None or scores.shape != wanted:
+            given = _described(output) if scores is None else f"scores {[*scores.shape]}"
+            raise UserError(
+                f"the model gives {given} for images {[*batch.images.shape]}: its forward must return scores "
+                f"[{wanted[0]}, {self.classes or 'classes'}], by themselves, as the first tensor of a tuple, or named "
+                f"{' or '.join(NAMES)}",
+                on_every_rank=True,
+            )
+        return _at_least_float32(scores)
+
     def _sums(self, scores: Tensor, labels: Tensor, loss: Tensor) -> dict[str, Tensor]:
         classes = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (scores.detach().argmax(1) == classes).sum()
         return {"loss": loss.detach(), "correct": correct, "samples": correct.new_full((), len(scores))}
+
+
+def find_scores(output: Any) -> Tensor | None:
+    """The scores in what a model returns: a tensor, or of several what is named so, else the first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    parts = dict(_parts(output))
+    named = [parts[name] for name in NAMES if isinstance(parts.get(name), Tensor)]
+    return next((part for part in [*named, *parts.values()] if isinstance(part, Tensor)), None)
+
+
+def _parts(output: Any) -> Iterator[tuple[Any, Any]]:
+    """Name, or place, and value of each part of a dict, dataclass, namedtuple, tuple or list."""
+    if isinstance(output, Mapping):
+        yield from output.items()
+    elif is_dataclass(output):
+        yield from ((field.name, getattr(output, field.name)) for field in fields(output))
+    elif isinstance(output, tuple | list):
+        yield from zip(getattr(output, "_fields", range(len(output))), output, strict=True)
+
+
+def _described(output: Any) -> str:
+    kinds = ", ".join(f"{name}: {type(part).__name__}" for name, part in _parts(output))
+    return f"a {type(output).__name__}" + (f" of {kinds}" if kinds else "") + " and no tensor"
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:
