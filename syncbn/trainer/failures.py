@@ -1,6 +1,7 @@
 """What an error in the middle of a run means to its user."""
 
 import re
+import resource
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
         return diverged(error)
     if no_room := config.data.workers and no_shared_memory(error):
         return no_room
+    if "Too many open files" in str(error):  # torch has its own error for it, too
+        return too_many_files(config)
     if is_out_of_memory(error):
         return out_of_memory(error, config, rank)
     if isinstance(error, ValueError) and re.search("(more than 1|one) value per channel", str(error)):
@@ -59,6 +62,12 @@ def out_of_memory(error: BaseException, config: Config, rank: int) -> UserError:
         f"data.batch_per_rank={config.data.batch_per_rank}, and raise train.accumulate={config.train.accumulate} to "
         "keep the images of a step; train.precision=bf16 takes less too"
     )
+
+
+def too_many_files(config: Config) -> UserError:
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mend = f"ulimit -n 4096, or lower data.workers={config.data.workers}"
+    return UserError(f"a rank may open {most} files and needs more: {mend}")
 
 
 def one_value(error: ValueError, training: Training, config: Config) -> UserError:

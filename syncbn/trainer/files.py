@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from syncbn.trainer.errors import UserError
+
 BESIDE = ".tmp"  # ends the name of what is not whole yet
 SCRATCH = "syncbn-scratch-"  # begins the name of a folder for temporary files
 
@@ -57,7 +59,13 @@ def clear_scratch() -> None:
 def _locked_folder() -> tuple[Path, int]:
     """A new folder, and the lock on it that the kernel takes off when this process ends in any way."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=SCRATCH))
+        try:
+            path = Path(tempfile.mkdtemp(prefix=SCRATCH))
+        except OSError as error:
+            raise UserError(
+                f"no folder for temporary files ({error.strerror}): give one that this user may write to, "
+                "TMPDIR=FOLDER, or in a container docker run --tmpfs /tmp"
+            ) from error
         with suppress(OSError):  # another process may have thought it left behind before it was locked
             lock = os.open(path, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -157,6 +157,7 @@ def start_ranks_again(config: Config) -> None:
 
 def start_ranks(config: Config) -> None:
     """Run the config on ranks of this machine."""
+    world.refuse_without_loopback()
     nproc, began = world.ranks_to_start(config.launch), now()
     world.set_rank_environment(config.launch, nproc)
     on_cpus = world.choose_device(config.launch).type == "cpu"
@@ -222,6 +223,7 @@ def named(config: Config) -> Config:
 
 def in_one_line(job: Callable[[], Any]) -> int:
     """Run job; an error of the user's is told in one line. Returns the exit code."""
+    world.print_any_text()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and we do the telling
     try:
         job()

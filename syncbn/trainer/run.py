@@ -219,6 +219,7 @@ def as_rank(find_config: Callable[[], Config], launcher: int | None = None, reas
     reason: where the line is written for the launcher to tell, and that of another error; none: it goes to stderr.
     """
     world.end_with_launcher(launcher)
+    world.print_any_text()
     try:
         config = alike(find_config)
         code = run(config, world.join(config.launch, world.meet()))

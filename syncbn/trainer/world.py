@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from inspect import signature
+from io import TextIOWrapper
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer.errors import FAILED, UserError
+from syncbn.trainer.errors import FAILED, USER_ERROR, UserError
 
 # DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
 BROADCAST_BUFFERS = next(
@@ -34,6 +36,7 @@ LONGEST_S = 7 * 24 * 3600
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
 FAILURE = "syncbn/failure"  # the store's key for what the first rank to fail says
 HEARING_S = 30  # how long rank 0 waits for the others to hear it
+WAITING_S = 15  # for a rank to say that it waits for the others
 MOST_HOSTS = 3  # told by name in one line
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
@@ -213,6 +216,23 @@ def schedule_as_batch() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def print_any_text() -> None:
+    """Print what the output's encoding lacks, × in ASCII say, as ?, instead of failing there."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def refuse_without_loopback() -> None:
+    """Raise UserError if processes of this machine cannot connect to each other."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"ranks meet at 127.0.0.1, and nothing can connect there ({error.strerror or error}): ip link set lo up"
+        ) from error
+
+
 def under_torchrun() -> bool:
     """Whether a launcher made this process one rank of several, as torchrun does."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
@@ -261,9 +281,22 @@ def local_size() -> int:
 
 @cache
 def meet() -> Store:
-    """The store that all ranks share; process groups and the config travel over it."""
-    store, _, _ = next(rendezvous("env://"))
-    return store
+    """The store that all ranks share; process groups and the config travel over it. Where there is none, an end."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = f"rank {rank()} of {size()} meets the others at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say"
+    mend = "start them all; or, if a shell has kept these from elsewhere, unset RANK"
+    waits = Timer(WAITING_S, lambda: print(f"{told}, and waits: {mend}", file=sys.stderr, flush=True))
+    waits.daemon = True
+    waits.start()
+    try:
+        store, _, _ = next(rendezvous("env://"))
+        return store
+    except (dist.DistError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        print(f"error: {told}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    finally:
+        waits.cancel()
 
 
 def join(config: LaunchConfig, store: Store) -> World:
