@@ -13,9 +13,10 @@ from tests.launch.jobs import PYTHON, ROOT, STANDALONE, differing, figures, fini
 from tests.trainer.images import image_folder
 from tests.trainer.test_tracking import read
 
+STEPS = 60
 EVERYTHING = [
-    "run.name=r", "launch.nproc=2", "train.steps=24", "train.log_every=3", "train.eval_every=16", "checkpoint.every=5",
-    "data.workers=1", "data.augment.mixup=0.2", "train.accumulate=2", "train.ema=0.9", "wandb.mode=disabled",
+    "run.name=r", "launch.nproc=2", f"train.steps={STEPS}", "train.log_every=3", "train.eval_every=16",
+    "checkpoint.every=5", "data.workers=1", "data.augment.mixup=0.2", "train.accumulate=2", "train.ema=0.9", "wandb.mode=disabled",
 ]  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def assert_same_run(folder, undisturbed):
 def assert_goes_on(root, undisturbed):
     """The same command goes on in the middle, and comes to what the undisturbed run came to."""
     step = max(saved_steps(root / "r"))
-    assert 10 <= step < 24
+    assert 10 <= step < STEPS
 
     code, said = finished(PYTHON, *EVERYTHING, root=root)
 
@@ -150,13 +151,14 @@ def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed, tmp_path)
 @pytest.mark.slow
 def test_another_runs_checkpoint_may_be_the_start_after_a_restart_too(undisturbed, tmp_path):
     longer = [word for word in EVERYTHING if not word.startswith(("train.steps", "train.eval_every", "checkpoint"))]
-    longer += ["train.steps=50", "train.eval_every=50", "checkpoint.every=50", "launch.max_restarts=1"]
+    last = STEPS + 26
+    longer += [f"train.steps={last}", f"train.eval_every={last}", f"checkpoint.every={last}", "launch.max_restarts=1"]
     with job([*PYTHON, *longer, f"checkpoint={undisturbed}"], root=tmp_path / "runs") as killed:
-        killed.until(lambda: "going on from step 24" in killed.said)
+        killed.until(lambda: f"going on from step {STEPS}" in killed.said)
         os.kill(killed.ranks[1], signal.SIGKILL)
         assert killed.wait() == 0, killed.said
-        assert killed.said.count("going on from step 24") == 2
-    assert [line["step"] for line in figures(tmp_path / "runs" / "r")] == [*range(27, 49, 3), 50, 50]
+        assert killed.said.count(f"going on from step {STEPS}") == 2
+    assert [line["step"] for line in figures(tmp_path / "runs" / "r")] == [*range(STEPS + 3, last, 3), last, last]
 
 
 @pytest.mark.ci
