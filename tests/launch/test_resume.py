@@ -16,7 +16,8 @@ from tests.trainer.test_tracking import read
 STEPS = 60
 EVERYTHING = [
     "run.name=r", "launch.nproc=2", f"train.steps={STEPS}", "train.log_every=3", "train.eval_every=16",
-    "checkpoint.every=5", "data.workers=1", "data.augment.mixup=0.2", "train.accumulate=2", "train.ema=0.9", "wandb.mode=disabled",
+    "checkpoint.every=5", "data.workers=1", "data.augment.mixup=0.2", "train.accumulate=2", "train.ema=0.9",
+    "wandb.mode=disabled",
 ]  # fmt: skip
 
 
