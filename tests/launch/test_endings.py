@@ -7,8 +7,10 @@ import time
 from unittest.mock import patch
 
 import pytest
+from torch.distributed import DistBackendError
 
 from syncbn.trainer import launch, ranks
+from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import FAILED, USER_ERROR
 from tests.launch.jobs import PYTHON, STANDALONE, finished
 
@@ -98,3 +100,10 @@ def test_memory_is_named_where_the_kernel_counted_a_kill_for_it(tmp_path, kernel
 
 def test_this_machine_counts_such_kills():
     assert any(path.exists() and "oom_kill " in path.read_text() for path in ranks._oom_counters())
+
+
+def test_a_lost_rank_is_no_lack_of_shared_memory():
+    """Both are told in those words."""
+    lost = DistBackendError("rank 1 died or left in the middle of a message through shared memory")
+    assert no_shared_memory(lost) is None
+    assert no_shared_memory(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")) is not None

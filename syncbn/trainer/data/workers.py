@@ -14,6 +14,8 @@ from multiprocessing.queues import Queue
 from threading import Thread
 from typing import Any
 
+from torch.distributed import DistError
+
 from syncbn.trainer import world
 from syncbn.trainer.errors import FAILED, UserError
 
@@ -69,7 +71,9 @@ def _send_the_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> No
 def no_shared_memory(error: BaseException) -> UserError | None:
     """What to say if there is no room for the batches of workers, which go through /dev/shm; None: it is another."""
     lacking = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if not lacking and not re.search("shared memory|No space left on device|Bus error", str(error)):
+    told = re.search("shared memory|No space left on device|Bus error", str(error))
+    # Messages of ranks go through shared memory as well, and fail otherwise
+    if isinstance(error, DistError) or not (lacking or told):
         return None
     size = ""
     with suppress(OSError):
