@@ -289,18 +289,14 @@ def meet() -> Store:
     waits.daemon = True
     waits.start()
     try:
-        return _store()
+        store, _, _ = next(rendezvous("env://"))
+        return store
     except (dist.DistError, ValueError) as error:
         why = str(error).splitlines()[0]
         print(f"error: {told}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     finally:
         waits.cancel()
-
-
-def _store() -> Store:
-    store, _, _ = next(rendezvous("env://"))
-    return store
 
 
 def join(config: LaunchConfig, store: Store) -> World:
@@ -350,7 +346,7 @@ def first_failure(line: str) -> tuple[int, str]:
     first = f"{rank()} {line}"
     if dist.is_initialized():
         with suppress(RuntimeError):
-            first = _store().compare_set(FAILURE, "", first).decode()
+            first = meet().compare_set(FAILURE, "", first).decode()
     number, _, said = first.partition(" ")
     return int(number), said
 
@@ -358,8 +354,8 @@ def first_failure(line: str) -> tuple[int, str]:
 def failure_told() -> str | None:
     """What the first rank to fail said; None if none has failed. Not for a rank whose store may not answer."""
     with suppress(RuntimeError):
-        if _store().check([FAILURE]):
-            return _store().get(FAILURE).decode().partition(" ")[2]
+        if meet().check([FAILURE]):
+            return meet().get(FAILURE).decode().partition(" ")[2]
     return None
 
 
