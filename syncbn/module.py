@@ -130,7 +130,8 @@ class SyncBatchNorm(_BatchNorm):
         """
         if isinstance(input, fx.Proxy):
             # For torch.fx the layer is one call, as torch's own are
-            return _as_one_call(self, input, (residual, mask, activation), {})
+            given = {"residual": residual, "mask": mask, "activation": activation}
+            return _as_one_call(self, input, (), {name: value for name, value in given.items() if value is not None})
         activation = activation or self.activation
         if not self.training:
             return self._by_running_statistics(input, residual, mask, activation)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+import syncbn
 from syncbn import SyncBatchNorm, convert, reference, revert
 from syncbn.convert import SyncBatchNormAct
 from syncbn.trainer.norms.renorm import BatchRenorm
@@ -36,6 +37,14 @@ def test_a_traced_network_calls_the_layers_and_computes_the_same(fuse, training)
     y = traced(x)
     assert torch.equal(y, net(x))
     assert_close(dict(traced.named_buffers()), dict(net.named_buffers()), rtol=0, atol=0)
+
+
+def test_a_trace_may_be_reverted():
+    """torch's layer in the place of ours takes an input alone, so a trace may hand on no more than was given."""
+    net, x = syncbn.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))), torch.randn(6, 3)
+    traced = syncbn.revert(fx.symbolic_trace(copy.deepcopy(net)))
+    assert not isinstance(traced.get_submodule("1"), SyncBatchNorm)
+    assert_close(traced(x), net(x))
 
 
 @pytest.mark.parametrize("fuse", [False, True])
