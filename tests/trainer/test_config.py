@@ -85,6 +85,7 @@ BAD = {
     "data.mean=[nan]": "data.mean=nan: give a finite number",
     "optim.betas=[0.9]": "optim.betas=[0.9]: give two decays",
     "optim.betas=[0.9,1]": "optim.betas=[0.9, 1.0]: give two decays",
+    "seed=-1": "seed=-1: give 0 or more",
     "seed=9007199254740992": "seed=9007199254740992: give a number below 2**53",
     'data.root="a\tb"': "data.root=a\\tb: give a text without line breaks",
     "wandb.tags=[[a]]": "tags[0]: Cannot convert 'list' to string",
