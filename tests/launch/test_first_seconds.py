@@ -80,6 +80,8 @@ def first_sign(words):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     shown = os.read(terminal, 1000).decode()
+    while not shown.endswith("\n"):  # a terminal may hand a line over in pieces
+        shown += os.read(terminal, 1000).decode()
     took_s = time.monotonic() - began
     stdout, _ = started.communicate(timeout=60)
     os.close(terminal)

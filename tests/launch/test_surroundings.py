@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -45,14 +47,19 @@ def skip_unless_possible(surrounding):
         pytest.skip(f"this user may not run {made[0]}, or there is none")
 
 
+@pytest.fixture
+def everyones():
+    """A folder that every user may write in: pytest keeps its own from all but one."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
 @pytest.mark.plain("ascii", "few-files", "no-user-name")
 @pytest.mark.parametrize("surrounding", WORKS.values(), ids=WORKS)
-def test_a_run_works(tmp_path, surrounding):
+def test_a_run_works(everyones, surrounding):
     skip_unless_possible(surrounding)
-    root = tmp_path / "runs"
-    for folder in (root, *tmp_path.parents[:2], tmp_path):
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o777)
+    root = everyones / "runs"
     code, said = finished([*surrounding, *PYTHON], *SHORT, root=root)
     assert code == 0, said
     assert (root / "r" / "result.json").exists()
