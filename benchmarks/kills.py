@@ -198,9 +198,9 @@ class Life:
 
 def check_exit(blow: Blow, life: Life) -> None:
     """Raise Failed unless the launcher ended as it must after the blow."""
-    inside = blow.phase in ("step", "save", "eval") and blow.step + life.eval_every < life.steps
+    begun, near_end = blow.phase not in ("launching", "starting"), blow.step + life.eval_every >= life.steps
     if blow.victim == "launcher, SIGTERM":
-        right = (75,) if inside else (0, 75) if blow.step + life.eval_every >= life.steps else (75, 143, -15)
+        right = ((0, 75) if near_end else (75,)) if begun else (0, 75, 143, -15)
     elif blow.victim.startswith("launcher"):
         right = (-9, -15, 75, 143, 0)
     else:
