@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from syncbn.trainer import launch  # noqa: E402
+from syncbn.trainer.job import launch  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -15,8 +15,8 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from syncbn.trainer import norms
 from syncbn.trainer.config import typed
-from syncbn.trainer.loop import evaluate, evaluate_all, optimiser_step
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.training.loop import evaluate, evaluate_all, optimiser_step
 from syncbn.trainer.world import World
 
 EPOCHS, SEEDS, OWN = 2, 3, 0.1

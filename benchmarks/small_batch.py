@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from syncbn.trainer import runs
-from syncbn.trainer.along import drawn_along
 from syncbn.trainer.errors import PREEMPTED
-from syncbn.trainer.plots import styled
-from syncbn.trainer.points import Sweep, is_sweep, read
+from syncbn.trainer.report.plots import styled
+from syncbn.trainer.report.sweep_plot import drawn_along
+from syncbn.trainer.runs import reader
+from syncbn.trainer.runs.sweep_folder import Sweep, is_sweep, read
 
 NORMS = ("local", "sync", "group", "batch_renorm", "ws_group", "none")
 BATCHES = (1, 2, 4, 8, 32)
@@ -46,22 +46,22 @@ def train(data: Path, root: Path, more: Sequence[str] = ()) -> Sweep:
     return max(sweeps, key=lambda sweep: sweep.began)  # points may have come to nothing, as a norm may at one image
 
 
-def figures(sweep: Sweep, root: Path, of: Callable[[runs.Run], float | None]) -> Cells:
+def figures(sweep: Sweep, root: Path, of: Callable[[reader.Run], float | None]) -> Cells:
     """A figure of each point's run."""
     found: Cells = {(norm, batch): [] for norm in NORMS for batch in BATCHES}
     for point in sweep.points:
         if point.done and point.run:
-            value = of(runs.read(root / point.run))
+            value = of(reader.read(root / point.run))
             if value is not None:
                 found[point.choices["norm"], int(point.choices["data.batch_per_rank"])].append(value)
     return found
 
 
-def error(run: runs.Run) -> float | None:
+def error(run: reader.Run) -> float | None:
     return None if run.result is None else 100 * (1 - run.result["metrics"]["eval/accuracy"])
 
 
-def gap(run: runs.Run) -> float | None:
+def gap(run: reader.Run) -> float | None:
     """Points by which the accuracy in the last epoch, of augmented images and in training mode, is above the test's."""
     if run.result is None:
         return None
@@ -70,7 +70,7 @@ def gap(run: runs.Run) -> float | None:
     return 100 * (mean(seen) - run.result["metrics"]["eval/accuracy"])
 
 
-def regained(run: runs.Run) -> float | None:
+def regained(run: reader.Run) -> float | None:
     """Points of accuracy that exact statistics give back."""
     metrics = (run.result or {}).get("metrics", {})
     if "eval/recalibrated_accuracy" not in metrics:
@@ -78,14 +78,14 @@ def regained(run: runs.Run) -> float | None:
     return 100 * (metrics["eval/recalibrated_accuracy"] - metrics["eval/accuracy"])
 
 
-def worst(figure: str, of: Callable[..., float]) -> Callable[[runs.Run], float | None]:
+def worst(figure: str, of: Callable[..., float]) -> Callable[[reader.Run], float | None]:
     """The worst layer's last value of a figure of drift."""
     return lambda run: (
         of([points[max(points)] for points in run.drift[figure].values()]) if figure in run.drift else None
     )
 
 
-TABLES: dict[str, Callable[[runs.Run], float | None]] = {
+TABLES: dict[str, Callable[[reader.Run], float | None]] = {
     "Test error, %": error,
     "Train/eval gap, points of accuracy": gap,
     "Points of accuracy that exact statistics give back": regained,

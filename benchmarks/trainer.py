@@ -31,9 +31,10 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import drift, loop, models, world
+from syncbn.trainer import models, world
 from syncbn.trainer.config import Config, typed
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.training import drift, loop
 from syncbn.trainer.world import World
 
 

@@ -19,17 +19,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer.checkpoint import CheckpointConfig
 from syncbn.trainer.data import DataConfig
-from syncbn.trainer.drift import DriftConfig
+from syncbn.trainer.display.wandb_run import WandbConfig
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunConfig, flat
-from syncbn.trainer.loop import EvalConfig, TrainConfig
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
-from syncbn.trainer.optim import OptimConfig, ScheduleConfig
+from syncbn.trainer.runs.checkpoint import CheckpointConfig
+from syncbn.trainer.runs.folder import RunConfig, flat
 from syncbn.trainer.tasks import TaskConfig
-from syncbn.trainer.tracking import WandbConfig
+from syncbn.trainer.training.drift import DriftConfig
+from syncbn.trainer.training.loop import EvalConfig, TrainConfig
+from syncbn.trainer.training.optim import OptimConfig, ScheduleConfig
 from syncbn.trainer.world import LaunchConfig
 
 # What an extra of pyproject.toml brings, and the extra

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.trainer import models, norms, resume
-from syncbn.trainer.checkpoint import first_line
-from syncbn.trainer.console import Screen, shown
+from syncbn.trainer import models, norms
+from syncbn.trainer.display.screen import Screen, shown
 from syncbn.trainer.errors import USER_ERROR, UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
-from syncbn.trainer.training import State, best_weights
+from syncbn.trainer.runs.checkpoint import first_line
+from syncbn.trainer.training import resume
+from syncbn.trainer.training.state import State, best_weights
 
 
 def export(source: Path, folder: Path | None = None, *, size: int | None = None, best: bool = False) -> dict[str, str]:

@@ -19,10 +19,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from syncbn.trainer import lock, pulse
 from syncbn.trainer.errors import USER_ERROR, UserError, one_line
 from syncbn.trainer.files import put
-from syncbn.trainer.pulse import LIVE, Status, when
+from syncbn.trainer.runs import lock, status_file
+from syncbn.trainer.runs.status_file import LIVE, Status, when
 
 # All that a run can be, and its colour
 STATES = {
@@ -72,11 +72,11 @@ def look(folder: Path) -> Seen | None:
     while True:
         before = told
         try:
-            told = pulse.read(folder / pulse.NAME)
+            told = status_file.read(folder / status_file.NAME)
         except FileNotFoundError:
             told = None
         except (OSError, ValueError) as error:
-            return Seen(folder.parent, folder.name, "unreadable", note=f"{pulse.NAME}: {one_line(str(error))}")
+            return Seen(folder.parent, folder.name, "unreadable", note=f"{status_file.NAME}: {one_line(str(error))}")
         holder = lock.holder(folder)
         state = _state(folder, told, holder)
         # The lock may have been given back in good order since the status was read

@@ -142,7 +142,7 @@ def environment_of(pid):
 
 
 def is_nursery(pid):
-    return "syncbn.trainer.nursery" in command_of(pid)
+    return "syncbn.trainer.job.nursery" in command_of(pid)
 
 
 def rank_of(pid):

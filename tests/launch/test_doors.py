@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from syncbn.trainer import launch, pulse
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.launch import Ended, RanksFailed
+from syncbn.trainer.job import launch
+from syncbn.trainer.job.launch import Ended, RanksFailed
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.runs import status_file
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
 
@@ -84,13 +85,13 @@ def test_python_train_leaves_one_whole_folder(trained):
 
 def test_its_status_tells_what_became_of_it(trained):
     _, folder = trained
-    told = pulse.read(folder / "status.json")
+    told = status_file.read(folder / "status.json")
     result = json.loads((folder / "result.json").read_text())
     assert (told.state, told.step, told.steps, told.restarts, told.world_size) == ("finished", 6, 6, 0, 2)
     assert (told.checkpoint, told.checkpoint_step, told.error) == ("step_000000006.pt", 6, None)
     assert told.objective == result["objective"]
     assert told.images_per_s > 0
-    assert pulse.when(told.started) < pulse.when(told.updated)
+    assert status_file.when(told.started) < status_file.when(told.updated)
 
 
 def test_metrics_are_written_down_with_their_units(trained):

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 from torch.distributed import DistBackendError
 
-from syncbn.trainer import launch, ranks
 from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import FAILED, USER_ERROR
+from syncbn.trainer.job import launch, ranks
 from tests.launch.jobs import PYTHON, STANDALONE, finished
 
 SHORT = ["run.name=r", "launch.nproc=2", "train.steps=2", "wandb.mode=disabled"]

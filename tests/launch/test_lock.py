@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from syncbn.trainer import lock, status
+from syncbn.trainer import status
+from syncbn.trainer.runs import lock
 from tests.launch.jobs import PYTHON, STANDALONE, finished, job, saved_steps
 
 RUN = ["run.name=r", "launch.nproc=2", "train.steps=4000", "checkpoint.every=5", "train.log_every=5"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.trainer.resume import load
+from syncbn.trainer.training.resume import load
 from tests.launch.hosts import needs_namespaces, two_hosts
 from tests.launch.jobs import TORCHRUN, Job, differing, environment_of, job, running, state
 

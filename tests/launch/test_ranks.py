@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from syncbn.trainer import nursery, ranks
+from syncbn.trainer.job import nursery, ranks
 from tests.launch.jobs import PYTHON, ROOT, command_of, descendants, job, running
 
 SMALL = ["launch.nproc=2", "wandb.mode=disabled", "data.workers=0", "run.name=r", "train.steps=1000000"]

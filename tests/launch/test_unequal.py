@@ -49,10 +49,10 @@ def copied(folder):
 @pytest.mark.slow
 def test_other_code_and_another_config_are_refused_and_named(tmp_path):
     there = copied(tmp_path / "there")
-    for path in "syncbn/trainer/plots.py", "conf/norm/sync.yaml":
+    for path in "syncbn/trainer/report/plots.py", "conf/norm/sync.yaml":
         (there / path).write_text((there / path).read_text() + "\n# changed\n")
     (line,) = agents(tmp_path / "runs", [(ROOT, ["seed=1"]), (there, ["seed=2", "train.ema=0.5"])])
-    assert line.startswith("error: the ranks differ in syncbn's code: trainer/plots.py (")
+    assert line.startswith("error: the ranks differ in syncbn's code: trainer/report/plots.py (")
     assert "conf/: norm/sync.yaml (" in line
     assert (
         "the command line: seed=1 on rank 0 of host node0, seed=2 train.ema=0.5 on rank 1 of host node1: "

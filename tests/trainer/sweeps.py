@@ -7,10 +7,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from syncbn.trainer import launch, sweep
 from syncbn.trainer.config import as_dict, typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunFolder
+from syncbn.trainer.job import launch, sweep
+from syncbn.trainer.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from syncbn.trainer import agree
+from syncbn.trainer.job import agreement
 
 DIFFERENCES = {
     "alike": ([{"torch": "2", "words": ["a", "b"]}, {"torch": "2", "words": ["b", "a"]}], None),
@@ -25,11 +25,11 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize(("told", "line"), DIFFERENCES.values(), ids=DIFFERENCES)
 def test_what_differs_is_named_with_who_has_what(told, line):
-    assert agree.difference(told, "abb"[: len(told)]) == line
+    assert agreement.difference(told, "abb"[: len(told)]) == line
 
 
 def test_a_process_tells_its_packages_code_and_words():
-    traits = agree.traits()
+    traits = agreement.traits()
     assert traits["python"].startswith("3.")
     assert traits["torch"][0].isdecimal()
-    assert any(part.startswith("trainer/agree.py (") for part in traits["syncbn's code"])
+    assert any(part.startswith("trainer/job/agreement.py (") for part in traits["syncbn's code"])

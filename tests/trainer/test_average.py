@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
-from syncbn.trainer.average import Average
+from syncbn.trainer.training.ema import Average
 from tests.trainer.tape import Tape
 
 

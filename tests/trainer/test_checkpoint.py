@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncbn.trainer import checkpoint
-from syncbn.trainer.checkpoint import SEAL, Checkpoints, Damaged, copied, parse, read, write
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs import checkpoint
+from syncbn.trainer.runs.checkpoint import SEAL, Checkpoints, Damaged, copied, parse, read, write
 from tests.launch.jobs import differing
 
 STATE = {

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import loop
 from syncbn.trainer.config import typed
-from syncbn.trainer.failures import graph_break
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.job.diagnosis import graph_break
+from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of
 

@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.trainer import config
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import differences, is_legal, name_of
 from syncbn.trainer.norms import NORMS
+from syncbn.trainer.runs.folder import differences, is_legal, name_of
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from syncbn import Verdict
-from syncbn.trainer.console import Screen
+from syncbn.trainer.display.screen import Screen
 
 WINDOW = {
     "epoch": 0.5,

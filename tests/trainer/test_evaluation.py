@@ -7,12 +7,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from syncbn.trainer import config, launch, run
-from syncbn.trainer.checkpoint import parse, read, write
+from syncbn.trainer import config
 from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import flat
-from syncbn.trainer.resume import load
+from syncbn.trainer.job import launch, run
+from syncbn.trainer.runs.checkpoint import parse, read, write
+from syncbn.trainer.runs.folder import flat
+from syncbn.trainer.training.resume import load
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world, train
 

@@ -11,12 +11,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from syncbn.trainer import export, models, norms
-from syncbn.trainer.checkpoint import parse, read, write
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig, Place
-from syncbn.trainer.resume import load
-from syncbn.trainer.training import best_weights
+from syncbn.trainer.runs.checkpoint import parse, read, write
+from syncbn.trainer.training.resume import load
+from syncbn.trainer.training.state import best_weights
 from tests.ranks import run_ranks
 from tests.trainer.trained import train
 

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from syncbn.trainer import data, graph, loop, norms, optim, tasks
-from syncbn.trainer.average import Average
+from syncbn.trainer import data, norms, tasks
 from syncbn.trainer.data import AugmentConfig, DataConfig
-from syncbn.trainer.guard import Guard
-from syncbn.trainer.metrics import Totals
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.training import Training
+from syncbn.trainer.training import cuda_graph, loop, optim
+from syncbn.trainer.training.bad_steps import Guard
+from syncbn.trainer.training.ema import Average
+from syncbn.trainer.training.state import Training
+from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -46,7 +47,7 @@ def train(rank, ranks, config, optimiser, norm, folder):
     dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks, device_id=device)
     world, log = World(rank, ranks, device), Log()
     if config.cuda_graph:
-        graph.prepare(device)
+        cuda_graph.prepare(device)
 
     torch.manual_seed(0)
     digits = DataConfig(batch_per_rank=8, augment=AugmentConfig(pad=1, mixup=0.2))

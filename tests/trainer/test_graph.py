@@ -10,13 +10,13 @@ from torch import nn
 import syncbn
 from syncbn import collectives, kernels
 from syncbn.drift import observer
-from syncbn.trainer import graph, loop
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.graph import Captured
+from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.training import cuda_graph, loop
+from syncbn.trainer.training.cuda_graph import Captured
 from tests.ranks import run_ranks
 from tests.trainer.tape import tape
 from tests.trainer.test_loop import Log, world_of
@@ -123,7 +123,7 @@ def same(got, want):
 
 
 def test_a_run_no_longer_than_the_warm_up_captures_nothing():
-    for _, captures in run_ranks(train, 2, settings(steps=graph.WARM_UP), True):
+    for _, captures in run_ranks(train, 2, settings(steps=cuda_graph.WARM_UP), True):
         assert captures == []
 
 
@@ -159,7 +159,7 @@ def warm(*, capture=tape):
         return torch.zeros((), dtype=torch.bool), [({"loss": b.images.sum()}, b.skipped) for b in batches]
 
     captured = Captured(step, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), capture)
-    for _ in range(graph.WARM_UP):
+    for _ in range(cuda_graph.WARM_UP):
         captured([batch(4)])
     return captured, seen
 

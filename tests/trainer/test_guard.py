@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn.trainer import loop, optim
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.guard import GROW, Guard
+from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.run import assemble, build
 from syncbn.trainer.tasks.classify import Classify
+from syncbn.trainer.training import loop, optim
+from syncbn.trainer.training.bad_steps import GROW, Guard
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of
 

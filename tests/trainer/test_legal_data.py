@@ -9,8 +9,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.loop import fit
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.images import image_folder
 from tests.trainer.trained import ranks_world

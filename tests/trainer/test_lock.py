@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from syncbn.trainer import lock
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs import lock
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import drift, loop
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.training import drift, loop
 from syncbn.trainer.world import World
 from tests.ranks import run_ranks
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn.trainer import optim
-from syncbn.trainer.optim import OptimConfig, ScheduleConfig
+from syncbn.trainer.training import optim
+from syncbn.trainer.training.optim import OptimConfig, ScheduleConfig
 
 MODEL = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
 

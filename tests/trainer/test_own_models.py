@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from syncbn.trainer import models
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.failures import explained
-from syncbn.trainer.loop import fit
+from syncbn.trainer.job.diagnosis import explained
+from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models import ModelConfig
-from syncbn.trainer.run import assemble, build
 from syncbn.trainer.tasks.classify import find_scores
+from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import world_of
 

@@ -5,7 +5,7 @@ from math import inf, nan
 
 import pytest
 
-from syncbn.trainer import plots
+from syncbn.trainer.report import plots
 
 
 def map_of(values, rows=None, columns=None, **options):

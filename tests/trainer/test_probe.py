@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn.trainer import data, probe, tasks
+from syncbn.trainer import data, tasks
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.watch import Parts
+from syncbn.trainer.job import batch_size
+from syncbn.trainer.job.rank0 import Parts
 from tests.launch.jobs import PYTHON, differing, figures, finished, state
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world
@@ -37,7 +38,7 @@ def found(rank, machines, settings):
     images = data.build(config.data, world, seed=0, global_batch=world.size)
     parts = Parts(images, machine, 0, tasks.build(config.task))
     try:
-        best = probe.batch_per_rank(parts, config, world, clock=lambda: machine.now_s)
+        best = batch_size.batch_per_rank(parts, config, world, clock=lambda: machine.now_s)
     except UserError as error:
         return str(error), error.on_every_rank
     return best.batch_per_rank, best.images_per_s

@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from syncbn.trainer import report
-from syncbn.trainer.runs import read_all
+from syncbn.trainer.report.page import main, runs_page
+from syncbn.trainer.runs.reader import read_all
 from tests.trainer.made_runs import DEAD, SHARDS, make_run, rewrite
 
 
 def page(*folders):
-    return report.page(read_all(folders))
+    return runs_page(read_all(folders))
 
 
 def text_of(html):
@@ -214,7 +214,7 @@ def test_the_command_says_where_the_report_is(tmp_path, capsys, monkeypatch):
         (["runs/a", "-o", "x.html"], "x.html"),
         (["runs/a", "runs/a/"], "runs/a/report.html"),
     ):
-        assert report.main(arguments) == 0
+        assert main(arguments) == 0
         assert capsys.readouterr().out == written + "\n"
         assert (tmp_path / written).read_text().startswith("<!DOCTYPE html>")
         (tmp_path / written).unlink()
@@ -241,7 +241,7 @@ def test_a_mistake_is_told_in_one_line(tmp_path, capsys, monkeypatch, arguments,
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "runs" / "a", logs=2)
     (make_run(tmp_path / "runs" / "damaged", logs=2) / "config.yaml").write_text("a: [")
-    assert report.main(arguments) == 2
+    assert main(arguments) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 
 

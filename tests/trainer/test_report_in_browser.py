@@ -9,8 +9,9 @@ from html import unescape
 
 import pytest
 
-from syncbn.trainer import points, report
-from syncbn.trainer.runs import read_all
+from syncbn.trainer.report.page import runs_page
+from syncbn.trainer.runs import sweep_folder
+from syncbn.trainer.runs.reader import read_all
 from tests.trainer.made_runs import DEAD, SHARDS, make_run
 
 PROBE = """
@@ -47,7 +48,7 @@ onload = () => {{
 def test_a_browser_shows_it_legibly(tmp_path, width, kind):
     long = "digits-resnet8-local-b2-optim.lr_0.4-train.ema_0.999-data.workers_4-" + 60 * "x"
     if kind == "sweep":
-        (tmp_path / "page.html").write_text(report.sweep_page(long, wide_sweep()))
+        (tmp_path / "page.html").write_text(page.sweep_page(long, wide_sweep()))
         look_at(tmp_path, width)
         return
     if kind == "three":
@@ -55,7 +56,7 @@ def test_a_browser_shows_it_legibly(tmp_path, width, kind):
     else:
         size = {"layers": 160, "logs": 1000, "ranks": 128} if kind == "many layers" else {"verdicts": [SHARDS, DEAD]}
         folders = [make_run(tmp_path / long, **size)]
-    (tmp_path / "page.html").write_text(report.page(read_all(folders)))
+    (tmp_path / "page.html").write_text(runs_page(read_all(folders)))
     look_at(tmp_path, width)
 
 
@@ -64,7 +65,7 @@ def wide_sweep():
     keys = {"model.name": ["resnet20", "my_package.nets:a_builder_of_a_long_name"], "optim.lr": ["0.01", "0.1", "1"]}
     every = itertools.product(*keys.values(), ["1", "2", "4", "8", "32"], ["0", "1"])
     made = [
-        points.Point(
+        sweep_folder.Point(
             dict(zip([*keys, "data.batch_per_rank", "seed"], values, strict=True)),
             run=f"run{i}",
             state="refused" if i % 7 == 0 else "finished",
@@ -73,7 +74,7 @@ def wide_sweep():
         )
         for i, values in enumerate(every)
     ]
-    return points.Sweep([*keys, "data.batch_per_rank", "seed"], len(made), "accuracy", 0.0, made)
+    return sweep_folder.Sweep([*keys, "data.batch_per_rank", "seed"], len(made), "accuracy", 0.0, made)
 
 
 def look_at(tmp_path, width):

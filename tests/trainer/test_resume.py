@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn.trainer import drift, loop
-from syncbn.trainer.checkpoint import copied
 from syncbn.trainer.config import typed
+from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.resume import Start
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.runs.checkpoint import copied
+from syncbn.trainer.training import drift, loop
+from syncbn.trainer.training.resume import Start
 from tests.launch.jobs import TIMES, differing
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of

@@ -2,7 +2,7 @@
 
 import json
 
-from syncbn.trainer.runs import differing, read, read_all
+from syncbn.trainer.runs.reader import differing, read, read_all
 from tests.trainer.made_runs import make_run, rewrite
 
 

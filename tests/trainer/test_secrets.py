@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncbn.trainer.secrets import RedactingFormatter, redacted
+from syncbn.trainer.redact import RedactingFormatter, redacted
 
 PLANTED = {
     "https://me:hunter2@host/path": "https://me:***@host/path",

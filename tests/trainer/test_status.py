@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.trainer import lock, pulse, status
+from syncbn.trainer import status
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.pulse import Pulse
+from syncbn.trainer.runs import lock, status_file
+from syncbn.trainer.runs.status_file import Pulse
 from tests.trainer.made_runs import make_run
 from tests.trainer.test_lock import another
 
@@ -26,7 +27,7 @@ def tell(folder, state, checkpoint=None, *, step=0, **figures):
     """A run's folder in which a process of ours has told its state."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").touch()
-    teller = Pulse(folder / pulse.NAME, step=step, steps=100, epoch=step / 50, world_size=2)
+    teller = Pulse(folder / status_file.NAME, step=step, steps=100, epoch=step / 50, world_size=2)
     teller.tell(state, checkpoint, step=step, **figures)
     return teller.status
 
@@ -49,24 +50,24 @@ def states(root):
 
 def test_what_was_told_is_read_again(tmp_path):
     told = tell(tmp_path / "r", "training", Path("x/step_000000040.pt"), step=42, images_per_s=99.5, objective=0.5)
-    seen = pulse.read(tmp_path / "r" / pulse.NAME)
+    seen = status_file.read(tmp_path / "r" / status_file.NAME)
     assert seen == told
     assert (seen.state, seen.step, seen.checkpoint, seen.checkpoint_step) == ("training", 42, "step_000000040.pt", 40)
     assert (seen.images_per_s, seen.objective, seen.restarts, seen.pid) == (99.5, 0.5, 0, os.getpid())
-    assert datetime.now(UTC) - pulse.when(seen.updated) < timedelta(minutes=1)
+    assert datetime.now(UTC) - status_file.when(seen.updated) < timedelta(minutes=1)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_each_start_in_the_folder_counts_as_a_restart_but_the_first(tmp_path):
     assert [tell(tmp_path / "r", "starting").restarts for _ in range(3)] == [0, 1, 2]
-    (tmp_path / "r" / pulse.NAME).write_text("")  # as a crash of the machine may leave it
+    (tmp_path / "r" / status_file.NAME).write_text("")  # as a crash of the machine may leave it
     assert tell(tmp_path / "r", "starting").restarts == 1
 
 
 def test_what_json_has_no_word_for_is_left_unknown_and_no_secret_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     tell(tmp_path / "r", "failed", objective=math.nan, images_per_s=math.inf, error="it said 0123456789abcdef")
-    seen = json.loads((tmp_path / "r" / pulse.NAME).read_text(), parse_constant=pytest.fail)
+    seen = json.loads((tmp_path / "r" / status_file.NAME).read_text(), parse_constant=pytest.fail)
     assert (seen["objective"], seen["images_per_s"], seen["error"]) == (None, None, "it said ***")
 
 
@@ -84,8 +85,10 @@ BLAMED = {
 @pytest.mark.parametrize("before, error, words, after, told", BLAMED.values(), ids=BLAMED)
 def test_a_run_that_failed_tells_the_cause_that_its_launcher_knows(tmp_path, before, error, words, after, told):
     since = tell(tmp_path / "r", before, error=error).started
-    pulse.blame(tmp_path / "r" / pulse.NAME, cause="the cause", **{"rank": 1, "sure": False, "since": since, **words})
-    seen = pulse.read(tmp_path / "r" / pulse.NAME)
+    status_file.blame(
+        tmp_path / "r" / status_file.NAME, cause="the cause", **{"rank": 1, "sure": False, "since": since, **words}
+    )
+    seen = status_file.read(tmp_path / "r" / status_file.NAME)
     assert (seen.state, seen.error) == (after, told)
 
 
@@ -93,14 +96,14 @@ def test_a_run_that_is_another_jobs_by_now_is_not_blamed(tmp_path):
     since = lock.now()
     with running(tmp_path / "r") as (_, told):
         told()
-        pulse.blame(tmp_path / "r" / pulse.NAME, 1, "the cause", sure=True, since=since)
+        status_file.blame(tmp_path / "r" / status_file.NAME, 1, "the cause", sure=True, since=since)
         assert states(tmp_path) == {"r": "training"}
-    pulse.blame(tmp_path / "nothing" / pulse.NAME, 1, "the cause", sure=True, since=since)
+    status_file.blame(tmp_path / "nothing" / status_file.NAME, 1, "the cause", sure=True, since=since)
     assert not (tmp_path / "nothing").exists()
 
 
 def test_a_disk_that_fails_costs_one_warning(tmp_path, caplog):
-    teller = Pulse(tmp_path / "gone" / pulse.NAME, step=0, steps=1, epoch=0, world_size=1)
+    teller = Pulse(tmp_path / "gone" / status_file.NAME, step=0, steps=1, epoch=0, world_size=1)
     teller.tell("training", None)
     teller.tell("training", None)
     assert len(caplog.records) == 1
@@ -116,13 +119,13 @@ def test_a_run_that_says_training_is_believed_only_while_its_process_lives(tmp_p
         assert states(tmp_path) == {"r": "died"}
 
 
-@pytest.mark.parametrize("state", pulse.LIVE)
+@pytest.mark.parametrize("state", status_file.LIVE)
 def test_a_killed_run_has_died_whatever_it_was_doing(tmp_path, state):
     tell(tmp_path / "r", state)
     assert states(tmp_path) == {"r": "died"}
 
 
-@pytest.mark.parametrize("state", pulse.ENDED)
+@pytest.mark.parametrize("state", status_file.ENDED)
 def test_what_ended_in_order_says_so(tmp_path, state):
     tell(tmp_path / "r", state)
     assert states(tmp_path) == {"r": state}
@@ -164,7 +167,7 @@ BROKEN = {
 def test_a_broken_status_is_told_and_the_others_are_shown(tmp_path, content):
     tell(tmp_path / "whole", "finished")
     tell(tmp_path / "broken", "training")
-    path = tmp_path / "broken" / pulse.NAME
+    path = tmp_path / "broken" / status_file.NAME
     if callable(content):
         content = json.dumps(content(json.loads(path.read_text())))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -194,7 +197,7 @@ def test_a_runs_own_folder_shows_that_run_and_a_folder_given_twice_counts_once(t
 
 
 def test_what_goes_on_stands_first_and_what_is_done_last(tmp_path):
-    for state in pulse.ENDED:
+    for state in status_file.ENDED:
         tell(tmp_path / state, state)
     tell(tmp_path / "killed", "training")
     with running(tmp_path / "b"), running(tmp_path / "a", "evaluating") as (_, told):
@@ -209,8 +212,8 @@ def test_lines_are_never_cut_and_hold_what_they_should(tmp_path):
     name = "a-very-long-name-" + "x" * 180
     figures = {"images_per_s": 12345.6, "objective": 0.97531}
     tell(tmp_path / name, "preempted", Path("step_000000090.pt"), step=95, **figures)
-    told = json.loads((tmp_path / name / pulse.NAME).read_text())
-    now = pulse.when(told["updated"]) + timedelta(seconds=150)
+    told = json.loads((tmp_path / name / status_file.NAME).read_text())
+    now = status_file.when(told["updated"]) + timedelta(seconds=150)
     head, row = status.rows(status.runs([tmp_path]), now)
     assert dict(zip(head, row, strict=True)) == {
         "run": name, "state": "preempted", "step": "95/100", "epoch": "1.9", "images/s": "12,346",
@@ -304,7 +307,7 @@ def test_prometheus_reads_every_name_and_figure(tmp_path):
 
 def test_prometheus_has_its_own_words_for_what_is_not_finite(tmp_path):
     tell(tmp_path / "r", "finished")
-    path = tmp_path / "r" / pulse.NAME
+    path = tmp_path / "r" / status_file.NAME
     told = json.loads(path.read_text())
     path.write_text(json.dumps({**told, "objective": math.nan, "images_per_s": -math.inf}))  # as another writer may
     text = status.exposition(status.runs([tmp_path]))

@@ -9,11 +9,13 @@ import sys
 import pytest
 import yaml
 
-from syncbn.trainer import comparison, launch, points, report
-from syncbn.trainer.along import drawn_along
 from syncbn.trainer.config import Config
+from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.errors import PREEMPTED, UserError
-from syncbn.trainer.tracking import Tracker, WandbConfig
+from syncbn.trainer.job import launch
+from syncbn.trainer.report import comparison
+from syncbn.trainer.report.sweep_plot import drawn_along
+from syncbn.trainer.runs import sweep_folder
 from tests.trainer.sweeps import ROOT, main
 from tests.trainer.test_config import composed
 
@@ -41,7 +43,7 @@ def folder_of(root):
 
 
 def states(root):
-    return {point.words: point.state for point in points.read(folder_of(root)).points}
+    return {point.words: point.state for point in sweep_folder.read(folder_of(root)).points}
 
 
 def trained(said):
@@ -111,7 +113,7 @@ def test_the_same_command_goes_on_with_what_is_not_finished(swept, tmp_path):
     assert (code, trained(said)) == (PREEMPTED, [])
     assert "seed0 is finished" in said
     assert (tmp_path / "digits-resnet8-sync-b4-seed0" / "mark").exists()
-    assert points.read(folder_of(tmp_path)).points[0].took_s is None  # there was nothing to train
+    assert sweep_folder.read(folder_of(tmp_path)).points[0].took_s is None  # there was nothing to train
 
 
 @pytest.mark.slow
@@ -198,10 +200,10 @@ def test_the_report_is_made_again_from_the_folder(swept, tmp_path, capfd):
     first = page.read_text()
     page.unlink()
     (folder_of(tmp_path) / "sweep.json").touch()
-    assert report.main([str(folder_of(tmp_path))]) == 0
+    assert page.main([str(folder_of(tmp_path))]) == 0
     assert page.read_text() == first
     runs = [str(path) for path in tmp_path.iterdir()]
-    assert report.main(runs) == 2
+    assert page.main(runs) == 2
     assert "is a sweep: give it alone, or give runs" in capfd.readouterr().err
 
 
@@ -252,7 +254,7 @@ def test_optuna_draws_points_and_draws_the_same_ones_again(swept, tmp_path):
     assert states(tmp_path) == first
     assert trained(said) == []
     told = (folder_of(tmp_path) / "optimization_results.yaml").read_text()
-    best = max(p.objective or 0 for p in points.read(folder_of(tmp_path)).points)
+    best = max(p.objective or 0 for p in sweep_folder.read(folder_of(tmp_path)).points)
     assert f"best_value: {best}" in told
 
 
@@ -267,10 +269,10 @@ def test_a_sweeper_of_which_no_point_is_finished_ends_without_a_traceback(swept)
 def made(*rows, swept=("norm", "seed"), total=None):
     """A sweep of points as they were recorded: choices, state and objective of each."""
     told = [
-        points.Point(dict(zip(swept, choices, strict=True)), state=state, objective=value)
+        sweep_folder.Point(dict(zip(swept, choices, strict=True)), state=state, objective=value)
         for choices, state, value in rows
     ]
-    return points.Sweep(list(swept), total or len(told), "accuracy", 0.0, told)
+    return sweep_folder.Sweep(list(swept), total or len(told), "accuracy", 0.0, told)
 
 
 def test_a_setting_is_the_mean_and_spread_of_its_seeds_that_are_finished():
@@ -323,10 +325,10 @@ def test_a_record_that_was_cut_counts_as_a_point_that_was_not_run(swept, tmp_pat
     swept("seed=0,1")
     for record in (folder_of(tmp_path) / "points").iterdir():
         record.write_text(record.read_text()[:-20])
-    assert len(points.read(folder_of(tmp_path)).points) == 2
+    assert len(sweep_folder.read(folder_of(tmp_path)).points) == 2
     (folder_of(tmp_path) / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        points.read(folder_of(tmp_path))
+        sweep_folder.read(folder_of(tmp_path))
 
 
 def test_a_figure_along_a_key_has_error_bars_and_names_what_was_tried():

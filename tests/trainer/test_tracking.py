@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from syncbn.trainer import tracking
+from syncbn.trainer.display import wandb_run
+from syncbn.trainer.display.wandb_run import WAITING, Tracker, WandbConfig
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.tracking import WAITING, Tracker, WandbConfig
 from tests.trainer.tracked import FIGURES, STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def begin(monkeypatch):
                 raise OSError("no server")
             return TakesAll(folder, mode)
 
-        monkeypatch.setattr(tracking, "_begin", one_run)
+        monkeypatch.setattr(wandb_run, "_begin", one_run)
         config = WandbConfig(mode=mode, timeout_s=timeout_s)
         told = [(step, {"x": 1.0}) for step in earlier]
         return Tracker(config, folder, name="", group="", settings={}, run_id="abc", earlier=told)

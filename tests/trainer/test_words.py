@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.trainer import words
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.job import command_line
 
 CONF = Path(__file__).parents[2]
 
@@ -34,25 +34,25 @@ def from_the_repository(monkeypatch):
 
 @pytest.mark.parametrize(("typed", "taken"), TAKEN.values(), ids=TAKEN)
 def test_what_hydra_takes_is_left_as_it_is(typed, taken):
-    assert words.understood(typed) == taken
+    assert command_line.understood(typed) == taken
 
 
 def test_a_path_in_the_home_is_put_there(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert words.understood(["data.root=~/flowers"]) == ["data.root=/home/me/flowers"]
+    assert command_line.understood(["data.root=~/flowers"]) == ["data.root=/home/me/flowers"]
     monkeypatch.setenv("HOME", "/home/my self, élan")
-    assert words.understood(["+data.root=~/a"]) == ['+data.root="/home/my self, élan/a"']
+    assert command_line.understood(["+data.root=~/a"]) == ['+data.root="/home/my self, élan/a"']
     monkeypatch.setenv("HOME", "/me")
-    assert words.understood(["-m", "data.root=~/a,~/b"]) == ["-m", "data.root=/me/a,/me/b"]
+    assert command_line.understood(["-m", "data.root=~/a,~/b"]) == ["-m", "data.root=/me/a,/me/b"]
 
 
 def test_groups_of_a_folder_of_ones_own_are_known(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "one.yaml").touch()
     typed = ["--config-dir", str(tmp_path), "+bench=one"]
-    assert words.understood(typed) == typed
+    assert command_line.understood(typed) == typed
     with pytest.raises(UserError, match="bench: no such key"):
-        words.understood(["+bench=one"])
+        command_line.understood(["+bench=one"])
 
 
 REFUSED = {
@@ -94,7 +94,7 @@ REFUSED = {
 def test_what_means_nothing_is_refused_with_what_was_meant(typed, said):
     """As a shell splits it, but for quotes."""
     with pytest.raises(UserError) as raised:
-        words.understood(typed.split(" "))
+        command_line.understood(typed.split(" "))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -105,9 +105,9 @@ QUOTED = [typed for typed, said in REFUSED.items() if re.search("quote|is a list
 @pytest.mark.parametrize("typed", QUOTED)
 def test_the_quoting_that_is_shown_works(typed):
     with pytest.raises(UserError) as raised:
-        words.understood(typed.split(" "))
+        command_line.understood(typed.split(" "))
     shown = re.findall(r"(?:: )('.*'|\S+)$", str(raised.value))
     if not shown:
         pytest.skip("nothing is shown")
     (word,) = shlex.split(shown[0])
-    assert words.understood([word]) == [word]
+    assert command_line.understood([word]) == [word]

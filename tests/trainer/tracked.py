@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from syncbn.trainer.tracking import Tracker, WandbConfig
+from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 
 STEPS = 40
 FIGURES = 100

@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from syncbn.trainer.checkpoint import Checkpoints
 from syncbn.trainer.config import Config, as_dict, typed
-from syncbn.trainer.loop import fit
-from syncbn.trainer.resume import Keeper
-from syncbn.trainer.run import assemble, build
+from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.runs.checkpoint import Checkpoints
+from syncbn.trainer.training.loop import fit
+from syncbn.trainer.training.resume import Keeper
 from syncbn.trainer.world import World, threads
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from syncbn.trainer.errors import FAILED, RanksFailed
-from syncbn.trainer.nursery import Nursery
+from syncbn.trainer.job.nursery import Nursery
 
 LOOK_EVERY_S = 0.05
 # That ranks have to end by themselves once one has failed, or a signal was passed on to them
@@ -135,7 +135,7 @@ def _start(argument: str, environment: dict[str, str], forked: bool) -> Rank:
             return _nurseries[os.getpid()].start(argument, environment)
         except (EOFError, OSError):
             raise RanksFailed("what ranks are forked from has ended: its own error says why", FAILED) from None
-    command = [sys.executable, "-m", "syncbn.trainer.run", argument, str(os.getpid())]
+    command = [sys.executable, "-m", "syncbn.trainer.job.run", argument, str(os.getpid())]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 

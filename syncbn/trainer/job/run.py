@@ -13,21 +13,25 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.trainer import data, drift, evaluation, graph, lock, models, norms, optim, probe, resume, tasks, world
-from syncbn.trainer.agree import alike, refuse_other_data
-from syncbn.trainer.average import Average
+from syncbn.trainer import data, models, norms, tasks, world
 from syncbn.trainer.config import Config, as_dict, from_yaml
 from syncbn.trainer.errors import FAILED, INCOMPLETE, PREEMPTED, USER_ERROR, UserError, one_line
-from syncbn.trainer.failures import LostRank, explained
-from syncbn.trainer.folder import RunFolder
-from syncbn.trainer.guard import Guard
-from syncbn.trainer.loop import fit, settle_buckets
-from syncbn.trainer.metrics import Totals
-from syncbn.trainer.resume import Keeper, Start
-from syncbn.trainer.secrets import RedactingFormatter, redacted
-from syncbn.trainer.stop import Preempted, Stop
-from syncbn.trainer.training import Training, seed_generators
-from syncbn.trainer.watch import Parts, Watch
+from syncbn.trainer.job import batch_size
+from syncbn.trainer.job import evaluate as evaluation
+from syncbn.trainer.job.agreement import alike, refuse_other_data
+from syncbn.trainer.job.diagnosis import LostRank, explained
+from syncbn.trainer.job.rank0 import Parts, Watch
+from syncbn.trainer.redact import RedactingFormatter, redacted
+from syncbn.trainer.runs import lock
+from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.training import cuda_graph, drift, optim, resume
+from syncbn.trainer.training.bad_steps import Guard
+from syncbn.trainer.training.ema import Average
+from syncbn.trainer.training.loop import fit, settle_buckets
+from syncbn.trainer.training.preemption import Preempted, Stop
+from syncbn.trainer.training.resume import Keeper, Start
+from syncbn.trainer.training.state import Training, seed_generators
+from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
 
 # Files beside the config that was handed over, for the launcher: rank 0's exit code, and why each rank ended
@@ -136,7 +140,7 @@ def found_out(config: Config, ranks: World) -> int:
     )
     with ranks.together():
         parts = build(alone, ranks)
-    found = probe.batch_per_rank(parts, config, ranks)
+    found = batch_size.batch_per_rank(parts, config, ranks)
     if ranks.rank == 0:
         print(f"data.batch_per_rank=auto: {found}", flush=True)
     return found.batch_per_rank * ranks.size
@@ -145,7 +149,7 @@ def found_out(config: Config, ranks: World) -> int:
 def build(config: Config, ranks: World, start: Start | None = None, found: int | None = None) -> Parts:
     """Data, model and task. No rank speaks to another here. found: by found_out; of a start, its own is kept."""
     if config.train.cuda_graph:
-        graph.prepare(ranks.device)
+        cuda_graph.prepare(ranks.device)
     seed_generators(config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     images = data.build(

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from syncbn import Reading
-from syncbn.trainer import drift
 from syncbn.trainer.data import Batch, Batches, Data
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.graph import Capture, Captured, Done, Step, cuda_graph
-from syncbn.trainer.metrics import Totals
-from syncbn.trainer.stop import Preempted, Stop
 from syncbn.trainer.tasks import Task
-from syncbn.trainer.training import Training
+from syncbn.trainer.training import drift
+from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
+from syncbn.trainer.training.preemption import Preempted, Stop
+from syncbn.trainer.training.state import Training
+from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
 
 

@@ -19,18 +19,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import data, models, pulse, ranks, resume, stop, sweep, words, world
+from syncbn.trainer import data, models, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, Ended, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
-from syncbn.trainer.folder import RunFolder, name_of
-from syncbn.trainer.lock import now
-from syncbn.trainer.run import EXIT_CODE, REASON, as_rank
-from syncbn.trainer.secrets import redacted
+from syncbn.trainer.job import command_line, ranks, sweep
+from syncbn.trainer.job.run import EXIT_CODE, REASON, as_rank
+from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs import status_file
+from syncbn.trainer.runs.folder import RunFolder, name_of
+from syncbn.trainer.runs.lock import now
+from syncbn.trainer.training import preemption, resume
 
 CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
 CHECKPOINT = re.compile(r"^checkpoint=(?!\{)")  # on the command line: short for what is asked for most in its section
-SIGNALS = (*stop.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (*preemption.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 
 
 class SweepBegins(Callback):
@@ -54,7 +57,7 @@ def enter(job: Callable[[], Any]) -> None:
     """
     register()
     try:
-        sys.argv[1:] = words.understood([CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]])
+        sys.argv[1:] = command_line.understood([CHECKPOINT.sub("checkpoint.resume=", word) for word in sys.argv[1:]])
     except UserError as refused:
         job = _refusing(refused)
     if not world.under_torchrun():
@@ -177,7 +180,7 @@ def start_ranks(config: Config) -> None:
             out_of_memory = ends.out_of_memory and rank not in ends.stopped
             end = "failed" if rank in told else _end(code, out_of_memory)
             error = RanksFailed(f"rank {rank} {end}", code, reason)
-            pulse.blame(RunFolder(config.run).status, rank, reason or str(error), sure=bool(reason), since=began)
+            status_file.blame(RunFolder(config.run).status, rank, reason or str(error), sure=bool(reason), since=began)
             raise error
 
 

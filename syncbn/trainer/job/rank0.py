@@ -12,20 +12,22 @@ from typing import Any
 from torch import nn
 
 from syncbn import Reading
-from syncbn.trainer import data, drift, norms, plots, report, tasks
-from syncbn.trainer.checkpoint import Checkpoints, pointed
+from syncbn.trainer import data, norms, tasks
 from syncbn.trainer.config import Config, as_dict
-from syncbn.trainer.console import Screen, shown
-from syncbn.trainer.drift import Story
+from syncbn.trainer.display.screen import Screen, shown
+from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.errors import PREEMPTED, one_line
 from syncbn.trainer.files import put
-from syncbn.trainer.folder import RunFolder
-from syncbn.trainer.metrics import Record
-from syncbn.trainer.pulse import Pulse
-from syncbn.trainer.runs import read
-from syncbn.trainer.secrets import redacted
-from syncbn.trainer.tracking import Tracker, WandbConfig
-from syncbn.trainer.training import Training
+from syncbn.trainer.redact import redacted
+from syncbn.trainer.report import page, plots
+from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
+from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.runs.reader import read
+from syncbn.trainer.runs.status_file import Pulse
+from syncbn.trainer.training import drift
+from syncbn.trainer.training.drift import Story
+from syncbn.trainer.training.state import Training
+from syncbn.trainer.training.totals import Record
 from syncbn.trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -204,8 +206,8 @@ class Watch:
     def _report(self) -> None:
         """Write report.html and give its heat maps to W&B; what goes wrong with it costs the run nothing."""
         try:
-            report.write(self.folder.path)
-            maps = report.heat_maps(read(self.folder.path))
+            page.write(self.folder.path)
+            maps = page.heat_maps(read(self.folder.path))
             pictures = {f"drift/map_{name}": plots.picture(figure) for name, (_, figure) in maps.items()}
         except Exception as error:
             log.warning("the report is not whole: %s", error)

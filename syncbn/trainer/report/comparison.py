@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from syncbn.trainer.points import SEED, Point, Sweep, words
-from syncbn.trainer.tables import Cell, Table, number
+from syncbn.trainer.report.tables import Cell, Table, number
+from syncbn.trainer.runs.sweep_folder import SEED, Point, Sweep, words
 
 LOG_FROM = 4  # numbers that span more than this factor stand on a logarithmic axis
 MOST_LINES = 12  # in a plot; more cannot be told apart

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from syncbn.trainer import world
-from syncbn.trainer.checkpoint import Checkpoints, Damaged, parse, pointed, read
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunFolder, differences
-from syncbn.trainer.secrets import redacted
-from syncbn.trainer.training import State, Training
+from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs.checkpoint import Checkpoints, Damaged, parse, pointed, read
+from syncbn.trainer.runs.folder import RunFolder, differences
+from syncbn.trainer.training.state import State, Training
 from syncbn.trainer.world import World
 
 

@@ -11,8 +11,8 @@ from syncbn.trainer import world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.loop import BadSteps
-from syncbn.trainer.training import Training
+from syncbn.trainer.training.loop import BadSteps
+from syncbn.trainer.training.state import Training
 
 # What DDP says of parameters, by their places among those that train
 UNUSED = re.compile(r"[Pp]arameter indices which did not receive grad for rank \d+: ([\d ]+)")

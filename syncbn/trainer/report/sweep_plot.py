@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from syncbn.trainer.plots import COLOURS, DASHES, short_name, styled
+from syncbn.trainer.report.plots import COLOURS, DASHES, short_name, styled
 
 if TYPE_CHECKING:  # as in plots
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from syncbn.trainer.runs import Points, Run
+from syncbn.trainer.runs.reader import Points, Run
 
 MOST_LAYERS = 12  # in the table of the worst
 

@@ -16,11 +16,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from syncbn.trainer import comparison, plots, points
-from syncbn.trainer.along import drawn_along
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.runs import Grid, Run, Verdict, differing, read_all
-from syncbn.trainer.tables import duration, facts, number, setting, worst_layers
+from syncbn.trainer.report import comparison, plots
+from syncbn.trainer.report.sweep_plot import drawn_along
+from syncbn.trainer.report.tables import duration, facts, number, setting, worst_layers
+from syncbn.trainer.runs import sweep_folder
+from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_all
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
 CURVES_FIRST = ("loss", "accuracy")
@@ -57,7 +58,7 @@ EFFECTIVE = Kind(
 )
 
 
-def page(runs: Sequence[Run]) -> str:
+def runs_page(runs: Sequence[Run]) -> str:
     """The whole report as HTML; the same runs give the same bytes."""
     ids = (f"s{i}" for i in count())
     return _rendered(
@@ -73,13 +74,13 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def sweep_page(name: str, sweep: points.Sweep) -> str:
+def sweep_page(name: str, sweep: sweep_folder.Sweep) -> str:
     """The report of a sweep as HTML: every setting and point, and the metric along each swept key."""
     ids = (f"s{i}" for i in count())
     ran = sorted(sweep.points, key=lambda point: math.inf if point.objective is None else -point.objective)
     return _rendered(
         "sweep.html.jinja",
-        sources=points.NAME,
+        sources=sweep_folder.NAME,
         title=name,
         facts={
             "points": str(sweep.total or len(sweep.points)),
@@ -120,10 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _page_of(*folders: Path) -> str:
-    sweeps = [folder for folder in folders if points.is_sweep(folder)]
+    sweeps = [folder for folder in folders if sweep_folder.is_sweep(folder)]
     if sweeps and not _one(folders):
         raise UserError(f"{sweeps[0]} is a sweep: give it alone, or give runs")
-    return sweep_page(sweeps[0].resolve().name, points.read(sweeps[0])) if sweeps else page(read_all(folders))
+    return (
+        sweep_page(sweeps[0].resolve().name, sweep_folder.read(sweeps[0])) if sweeps else runs_page(read_all(folders))
+    )
 
 
 def _one(folders: Sequence[Path]) -> bool:
@@ -132,7 +135,7 @@ def _one(folders: Sequence[Path]) -> bool:
 
 def _rendered(template: str, **values: Any) -> str:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -159,7 +162,7 @@ def _shown(run: Run, index: int) -> dict[str, Any]:
     }
 
 
-def _told(point: points.Point, sweep: points.Sweep) -> dict[str, Any]:
+def _told(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any]:
     """A row of the table of points."""
     return {
         "choices": [comparison.short(point.choices.get(key, "–")) for key in sweep.swept],
@@ -170,7 +173,7 @@ def _told(point: points.Point, sweep: points.Sweep) -> dict[str, Any]:
     }
 
 
-def _along(sweep: points.Sweep, ids: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _along(sweep: sweep_folder.Sweep, ids: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The metric along each swept key, with a line for each combination of the others."""
     for key in sweep.swept:
         lines = comparison.lines(sweep, key)
@@ -284,7 +287,3 @@ def _map(
 
 def _drawn(figure: Any, ids: Iterator[str]) -> Markup:
     return Markup(plots.svg(figure, next(ids)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,13 +8,13 @@ from statistics import median
 
 import torch
 
-from syncbn.trainer import optim
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.failures import is_out_of_memory
-from syncbn.trainer.loop import autocast
-from syncbn.trainer.watch import Parts
+from syncbn.trainer.job.diagnosis import is_out_of_memory
+from syncbn.trainer.job.rank0 import Parts
+from syncbn.trainer.training import optim
+from syncbn.trainer.training.loop import autocast
 from syncbn.trainer.world import World
 
 SMALLEST = 2  # one image of 1×1 pixels in the last layers has no variance

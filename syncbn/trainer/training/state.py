@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import syncbn
-from syncbn.trainer.average import Average
 from syncbn.trainer.data import Data
 from syncbn.trainer.data.sampler import seed_of
-from syncbn.trainer.guard import Guard
-from syncbn.trainer.metrics import Totals
 from syncbn.trainer.tasks import Task
+from syncbn.trainer.training.bad_steps import Guard
+from syncbn.trainer.training.ema import Average
+from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
 
 State = dict[str, Any]

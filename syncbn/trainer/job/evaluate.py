@@ -7,14 +7,14 @@ from textwrap import shorten
 
 from syncbn.trainer import models
 from syncbn.trainer.config import Config
-from syncbn.trainer.console import Screen, shown
 from syncbn.trainer.data import Data
+from syncbn.trainer.display.screen import Screen, shown
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunFolder
-from syncbn.trainer.loop import evaluate_all
-from syncbn.trainer.resume import Start
-from syncbn.trainer.training import best_weights
-from syncbn.trainer.watch import Parts
+from syncbn.trainer.job.rank0 import Parts
+from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.training.loop import evaluate_all
+from syncbn.trainer.training.resume import Start
+from syncbn.trainer.training.state import best_weights
 from syncbn.trainer.world import World
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import comparison, planning, points, report
 from syncbn.trainer.config import explain, typed
 from syncbn.trainer.errors import FAILED, PREEMPTED, USER_ERROR, Ended, RanksFailed, UserError, one_line
-from syncbn.trainer.folder import RunConfig, RunFolder
-from syncbn.trainer.points import Point, Sweep
-from syncbn.trainer.secrets import redacted
-from syncbn.trainer.tables import duration
+from syncbn.trainer.job import sweep_plan
+from syncbn.trainer.redact import redacted
+from syncbn.trainer.report import comparison, page
+from syncbn.trainer.report.tables import duration
+from syncbn.trainer.runs import sweep_folder
+from syncbn.trainer.runs.folder import RunConfig, RunFolder
+from syncbn.trainer.runs.sweep_folder import Point, Sweep
 
 OF_LAUNCHERS = ("submitit", "joblib")  # modules whose errors tell of a process that ended, and not of our code
 
@@ -31,11 +33,11 @@ def begin(config: DictConfig) -> None:
 
     Raises UserError, and Hydra's errors for a key or choice that there is not, before the first point begins.
     """
-    sweep, name = planning.planned(config)
+    sweep, name = sweep_plan.planned(config)
     folder = Path(config.run.root) / name
     _refuse_run(folder)
-    planning.lay_down(config.hydra, name)
-    points.plan(folder, sweep)
+    sweep_plan.lay_down(config.hydra, name)
+    sweep_folder.plan(folder, sweep)
     _begun.append(folder)
     if config.hydra.runtime.choices["hydra/launcher"] == "joblib":
         signal.signal(signal.SIGINT, _leave_to_workers)
@@ -51,26 +53,26 @@ def one_point(composed: DictConfig, run: Callable[[DictConfig], float]) -> float
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir)
-    sweep = points.read(folder)
+    sweep = sweep_folder.read(folder)
     jobs_of_their_own = str(hydra.runtime.choices["hydra/launcher"]).startswith("submitit")
     if sweep.asked_to_end and not jobs_of_their_own:
         return None
-    choices = redacted(planning.choices(planning.task_words(hydra), sweep.swept))
+    choices = redacted(sweep_plan.choices(sweep_plan.task_words(hydra), sweep.swept))
     place = sweep.place(choices)
     number = (hydra.job.num if place is None else place) + 1
     name = f"point {number}" + (f" of {sweep.total}" if sweep.total else "")
-    print(f"{name}: {points.words(choices)}{_left(sweep)}", flush=True)
+    print(f"{name}: {sweep_folder.words(choices)}{_left(sweep)}", flush=True)
     point = Point(choices)
     began = time.time()
     with suppress(UserError):
-        point.run = planning.run_name(typed(composed), hydra)
+        point.run = sweep_plan.run_name(typed(composed), hydra)
     try:
         point.objective, point.state = run(composed), "finished"
         if _trained_since(began, composed, point):
             point.took_s = round(time.time() - began, 1)
     except BaseException as error:
         point.exit_code, point.reason = _told(error)
-        point.state = points.ENDS.get(point.exit_code, "failed")
+        point.state = sweep_folder.ENDS.get(point.exit_code, "failed")
         if jobs_of_their_own:
             own = str(hydra.launcher.submitit_folder).replace("%j", str(hydra.job.id))
             point.reason += f" (what it said is in {own})"
@@ -97,13 +99,13 @@ def to_its_end(job: Callable[[], int]) -> int:
 def end(folder: Path, code: int = 0) -> int:
     """Show what the sweep came to, and write it down: the exit code. code: that of the sweep's command itself."""
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; sweep.json has what is in it, without secrets
-    sweep = points.read(folder)
+    sweep = sweep_folder.read(folder)
     print(f"\n{comparison.as_text(comparison.table(sweep))}\n")
     for line in comparison.reasons(sweep):
         print(line)
     try:
-        points.plan(folder, sweep)
-        print(f"report  {report.write(folder)}\ntable   {folder / points.NAME}")
+        sweep_folder.plan(folder, sweep)
+        print(f"report  {page.write(folder)}\ntable   {folder / sweep_folder.NAME}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     undone = [point for point in sweep.points if not point.done]
@@ -133,7 +135,7 @@ def _leave_to_workers(*_: object) -> None:
 
 def _record(folder: Path, point: Point) -> None:
     try:
-        points.record(folder, point)
+        sweep_folder.record(folder, point)
     except OSError as error:  # it costs the sweep a row, and the run nothing
         print(
             f"warning: what became of {point.words} cannot be written to {folder} ({error.strerror})", file=sys.stderr

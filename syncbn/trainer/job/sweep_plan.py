@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from syncbn.trainer import tasks
 from syncbn.trainer.config import Config, as_dict, typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import name_of, name_of_sweep
-from syncbn.trainer.points import SEED, Point, Sweep
+from syncbn.trainer.runs.folder import name_of, name_of_sweep
+from syncbn.trainer.runs.sweep_folder import SEED, Point, Sweep
 
 # What we have a sweeper do that has such settings, as Optuna's has
 OF_SWEEPERS = {

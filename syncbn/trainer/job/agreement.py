@@ -18,7 +18,7 @@ from syncbn.trainer import world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.secrets import redacted
+from syncbn.trainer.redact import redacted
 from syncbn.trainer.world import World
 
 ALIKE = "syncbn/alike"  # begins the store's keys: what each rank is, and what rank 0 makes of it
@@ -66,7 +66,7 @@ def traits() -> dict[str, Trait]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
-        "syncbn's code": _files(Path(__file__).parents[1], "*.py"),
+        "syncbn's code": _files(Path(__file__).parents[2], "*.py"),
         "conf/": _files(script / "conf", "*.yaml"),
         "the command line": redacted(sys.argv[1:]),
     }
@@ -118,6 +118,6 @@ def _some(parts: Sequence[str]) -> str:
 
 @cache
 def _files(folder: Path, pattern: str) -> list[str]:
-    """The files of a folder, each with what is in it: "trainer/run.py (1a2b3c4d)"."""
+    """The files of a folder, each with what is in it: "trainer/job/run.py (1a2b3c4d)"."""
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob(pattern))}
     return [f"{path.relative_to(folder)} ({digest[:8]})" for path, digest in digests.items()]

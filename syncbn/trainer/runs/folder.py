@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from syncbn.trainer import lock, pulse
+from syncbn.trainer.runs import lock
+from syncbn.trainer.runs import status_file
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put
-from syncbn.trainer.secrets import redacted
+from syncbn.trainer.redact import redacted
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (
@@ -63,7 +64,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
-        self.status = self.path / pulse.NAME
+        self.status = self.path / status_file.NAME
         self.lock = self.path / lock.NAME
 
     def refuse_other(self, config: dict[str, Any]) -> None:

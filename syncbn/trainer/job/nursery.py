@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 # What ranks import, some of it as they need it: DDP and the optimisers torch._dynamo, image data torchvision
-IMPORTED = ("syncbn.trainer.run", "syncbn.trainer.data.transforms", "torch._dynamo")
+IMPORTED = ("syncbn.trainer.job.run", "syncbn.trainer.data.transforms", "torch._dynamo")
 
 
 class Request(NamedTuple):
@@ -162,7 +162,7 @@ def become(request: Request) -> int:
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    from syncbn.trainer import run
+    from syncbn.trainer.job import run
 
     return run.as_started(Path(request.argument), os.getppid())
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.folder import RunConfig, RunFolder, flat
+from syncbn.trainer.runs.folder import RunConfig, RunFolder, flat
 
 NUMBER = re.compile(r"(?<![\w.])(?<!rank )(?<!at )-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
