@@ -15,8 +15,9 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from syncbn.trainer import norms
 from syncbn.trainer.config import typed
-from syncbn.trainer.job.run import assemble, build
-from syncbn.trainer.training.loop import evaluate, evaluate_all, optimiser_step
+from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.training.evaluation import evaluate, evaluate_all
+from syncbn.trainer.training.loop import optimiser_step
 from syncbn.trainer.world import World
 
 EPOCHS, SEEDS, OWN = 2, 3, 0.1

@@ -31,10 +31,10 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import models, world
+from syncbn.trainer import environment, models, world
 from syncbn.trainer.config import Config, typed
-from syncbn.trainer.job.run import assemble, build
-from syncbn.trainer.training import drift, loop
+from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.training import drift, evaluation, loop
 from syncbn.trainer.world import World
 
 
@@ -53,7 +53,7 @@ def bare_loop(config: Config, ranks: World):
     def run(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
-            with loop.autocast(config.train, ranks):
+            with evaluation.autocast(config.train, ranks):
                 loss = F.cross_entropy(model(images).float(), labels)
             loss.backward()
             optimizer.step()
@@ -135,10 +135,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append a JSON line for each loop")
     parser.add_argument("--compile", action="store_true", help="torch.compile in the trainer's loops, and NCHW")
     parser.add_argument("--default-job", action="store_true", help="the data and model of `python train.py`")
-    parser.add_argument("--default-scheduler", action="store_true", help="leave out world.schedule_as_batch")
+    parser.add_argument("--default-scheduler", action="store_true", help="leave out environment.schedule_as_batch")
     options = parser.parse_args()
     if options.default_scheduler:
-        world.schedule_as_batch = lambda: None
+        environment.schedule_as_batch = lambda: None
 
     config = default_job if options.default_job else fake_images
     ranks = world.join(config("sync", options).launch, world.meet())

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer.data import DataConfig
 from syncbn.trainer.display.wandb_run import WandbConfig
+from syncbn.trainer.environment import LaunchConfig
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
@@ -28,9 +29,8 @@ from syncbn.trainer.runs.checkpoint import CheckpointConfig
 from syncbn.trainer.runs.folder import RunConfig, flat
 from syncbn.trainer.tasks import TaskConfig
 from syncbn.trainer.training.drift import DriftConfig
-from syncbn.trainer.training.loop import EvalConfig, TrainConfig
 from syncbn.trainer.training.optim import OptimConfig, ScheduleConfig
-from syncbn.trainer.world import LaunchConfig
+from syncbn.trainer.training.options import EvalConfig, TrainConfig
 
 # What an extra of pyproject.toml brings, and the extra
 EXTRAS = {

@@ -22,17 +22,19 @@ class UserError(Exception):
 
 class RanksFailed(RuntimeError):
     """The ranks of a run ended in an error. reason: what a rank said of it, in one line; empty if none did.
+    rank: the one that the others fell with.
 
     (torch's own error does not survive the way back to a sweep.)
     """
 
-    def __init__(self, text: str, exit_code: int, reason: str = ""):
+    def __init__(self, text: str, exit_code: int, reason: str = "", rank: int = 0):
         super().__init__(text)
         self.exit_code = exit_code
         self.reason = reason
+        self.rank = rank
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.exit_code, self.reason)
+        return type(self), (str(self), self.exit_code, self.reason, self.rank)
 
 
 class Ended(RanksFailed):

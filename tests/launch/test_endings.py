@@ -11,7 +11,7 @@ from torch.distributed import DistBackendError
 
 from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import FAILED, USER_ERROR
-from syncbn.trainer.job import launch, ranks
+from syncbn.trainer.job import ranks, start
 from tests.launch.jobs import PYTHON, STANDALONE, finished
 
 SHORT = ["run.name=r", "launch.nproc=2", "train.steps=2", "wandb.mode=disabled"]
@@ -71,7 +71,7 @@ BLAMED = {
 
 @pytest.mark.parametrize(("exit_codes", "told", "stopped", "blamed"), BLAMED.values(), ids=BLAMED)
 def test_the_rank_that_the_others_fell_with_is_named(exit_codes, told, stopped, blamed):
-    assert launch.to_blame(exit_codes, told, stopped) == (blamed, exit_codes[blamed])
+    assert start.to_blame(exit_codes, told, stopped) == (blamed, exit_codes[blamed])
 
 
 class Ended:
@@ -95,7 +95,7 @@ def test_memory_is_named_where_the_kernel_counted_a_kill_for_it(tmp_path, kernel
     with patch.multiple(ranks, _start=lambda *_: Ended(), _over=over, _oom_counters=lambda: [counter]):
         ends = ranks.run_ranks("config", 2, [], forked=False)
     assert ends.out_of_memory == kernel
-    assert ("data.batch_per_rank" in launch._end(KILLED, ends.out_of_memory)) == kernel
+    assert ("data.batch_per_rank" in start.end_in_words(KILLED, ends.out_of_memory)) == kernel
 
 
 def test_this_machine_counts_such_kills():

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from syncbn.trainer.config import as_dict, typed
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import Ended, RanksFailed, UserError
 from syncbn.trainer.job import launch, sweep
 from syncbn.trainer.runs.folder import RunFolder
 
@@ -26,9 +26,9 @@ def quick(composed):
     if config.norm.name == "torch":
         raise UserError("norm=torch on cpu: it needs GPUs")
     if config.seed == 13:
-        raise launch.RanksFailed("rank 0 failed with exit code 1", 1, "ZeroDivisionError: seed 13")
+        raise RanksFailed("rank 0 failed with exit code 1", 1, "ZeroDivisionError: seed 13")
     if config.seed == 75:
-        raise launch.Ended("ended by SIGINT", 130)
+        raise Ended("ended by SIGINT", 130)
     if config.seed == 2:
         raise KeyboardInterrupt
     print(f"trains {folder.path}")

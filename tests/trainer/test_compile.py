@@ -6,8 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from syncbn.trainer.config import typed
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.job.diagnosis import graph_break
-from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of

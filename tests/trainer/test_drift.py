@@ -16,11 +16,11 @@ from syncbn.trainer import norms
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.norms import NormConfig, Place
+from syncbn.trainer.runs.record import Record
 from syncbn.trainer.training import drift, loop
-from syncbn.trainer.training.totals import Record
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import Log, world_of
 

@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from syncbn.trainer import config
 from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job import launch, run
+from syncbn.trainer.job import launch
+from syncbn.trainer.job.evaluate import evaluate
 from syncbn.trainer.runs.checkpoint import parse, read, write
 from syncbn.trainer.runs.folder import flat
 from syncbn.trainer.training.resume import load
@@ -31,12 +32,12 @@ TRAINED = {
 }
 
 
-def evaluate(rank, settings):
-    """run.evaluate on this rank: the figures that it leaves for the launcher, or the line it is refused with."""
+def evaluated_on(rank, settings):
+    """evaluate on this rank: the figures that it leaves for the launcher, or the line it is refused with."""
     root = settings.pop("root")
     settings = {**settings, "run": {"root": root, "name": "r"}}
     try:
-        assert run.evaluate(typed(settings), ranks_world(rank)) == 0
+        assert evaluate(typed(settings), ranks_world(rank)) == 0
     except UserError as error:
         return str(error)
     return json.loads((Path(root) / "r" / "result.json").read_text())["metrics"]
@@ -53,7 +54,7 @@ def own_settings(path, **on_top):
 @pytest.mark.parametrize("settings", TRAINED.values(), ids=TRAINED)
 def test_the_figures_are_those_of_its_run_to_the_last_bit(tmp_path, settings):
     trained = run_ranks(train, 2, tmp_path / "trained", settings)[0]
-    evaluated = run_ranks(evaluate, 2, {**own_settings(tmp_path / "trained"), "root": str(tmp_path / "out")})[0]
+    evaluated = run_ranks(evaluated_on, 2, {**own_settings(tmp_path / "trained"), "root": str(tmp_path / "out")})[0]
     assert evaluated == trained
 
 
@@ -68,7 +69,7 @@ def averaged(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_any_number_of_ranks_finds_the_same(averaged, tmp_path, ranks):
     own = load(averaged)[1]["figures"]
-    evaluated = run_ranks(evaluate, ranks, {**own_settings(averaged), "root": str(tmp_path)})[0]
+    evaluated = run_ranks(evaluated_on, ranks, {**own_settings(averaged), "root": str(tmp_path)})[0]
     assert evaluated == pytest.approx(own, rel=1e-6)  # float32 scores, of batches of another size
     assert evaluated["eval/images"] == 360
 
@@ -76,12 +77,12 @@ def test_any_number_of_ranks_finds_the_same(averaged, tmp_path, ranks):
 def test_without_the_average_the_weights_themselves_are_evaluated(averaged, tmp_path):
     own = load(averaged)[1]["figures"]
     settings = own_settings(averaged, train={"ema": 0.0})
-    assert run_ranks(evaluate, 2, {**settings, "root": str(tmp_path)})[0]["eval/loss"] != own["eval/loss"]
+    assert run_ranks(evaluated_on, 2, {**settings, "root": str(tmp_path)})[0]["eval/loss"] != own["eval/loss"]
 
 
 def test_other_data_is_evaluated_however_few_it_has(averaged, tmp_path):
     settings = own_settings(averaged, data={"name": "fake", "fake_samples": 5}, eval={"recalibrate": 0})
-    evaluated = run_ranks(evaluate, 2, {**settings, "root": str(tmp_path)})[0]
+    evaluated = run_ranks(evaluated_on, 2, {**settings, "root": str(tmp_path)})[0]
     assert evaluated["eval/images"] == 1
 
 
@@ -95,7 +96,7 @@ REFUSED_BY_RANKS = {
 @pytest.mark.parametrize(("on_top", "said"), REFUSED_BY_RANKS.values(), ids=REFUSED_BY_RANKS)
 def test_what_does_not_fit_is_refused_by_every_rank_in_a_line(averaged, tmp_path, on_top, said):
     settings = {**own_settings(averaged, **on_top), "root": str(tmp_path)}
-    for line in run_ranks(evaluate, 2, settings):
+    for line in run_ranks(evaluated_on, 2, settings):
         assert said in line
         assert "\n" not in line
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.training import loop, optim

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
-from syncbn.trainer.training import drift, loop
+from syncbn.trainer.training import drift, evaluation, loop
 from syncbn.trainer.world import World
 from tests.ranks import run_ranks
 
@@ -165,7 +165,7 @@ def evaluate_fixed(rank, scores, labels):
 
     world = world_of(rank)
     batches = Fixed(scores, labels, rank, world.size, batch=5)
-    return loop.evaluate(nn.Identity(), Classify(), batches, loop.TrainConfig(), world)
+    return evaluation.evaluate(nn.Identity(), Classify(), batches, loop.TrainConfig(), world)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -189,7 +189,7 @@ def evaluate_digits(rank):
     samples, sampler = parts.data.eval.loader.dataset, parts.data.eval.loader.batch_sampler
     sampler.mine = range(rank, 127, dist.get_world_size())
     assert len(samples) == 360
-    return loop.evaluate(parts.model, parts.task, parts.data.eval, loop.TrainConfig(), world_of(rank))
+    return evaluation.evaluate(parts.model, parts.task, parts.data.eval, loop.TrainConfig(), world_of(rank))
 
 
 def test_eval_of_a_network_on_a_prime_number_of_images_is_the_same_on_1_2_3_ranks():

@@ -5,8 +5,8 @@ from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.job.diagnosis import explained
-from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.test_loop import world_of

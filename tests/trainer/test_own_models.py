@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from syncbn.trainer import models
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.job.diagnosis import explained
-from syncbn.trainer.job.run import assemble, build
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.training.loop import fit

@@ -9,7 +9,7 @@ from html import unescape
 
 import pytest
 
-from syncbn.trainer.report.page import runs_page
+from syncbn.trainer.report.page import runs_page, sweep_page
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.reader import read_all
 from tests.trainer.made_runs import DEAD, SHARDS, make_run
@@ -48,7 +48,7 @@ onload = () => {{
 def test_a_browser_shows_it_legibly(tmp_path, width, kind):
     long = "digits-resnet8-local-b2-optim.lr_0.4-train.ema_0.999-data.workers_4-" + 60 * "x"
     if kind == "sweep":
-        (tmp_path / "page.html").write_text(page.sweep_page(long, wide_sweep()))
+        (tmp_path / "page.html").write_text(sweep_page(long, wide_sweep()))
         look_at(tmp_path, width)
         return
     if kind == "three":

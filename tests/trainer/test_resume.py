@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.trainer.config import typed
-from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.runs.checkpoint import copied
 from syncbn.trainer.training import drift, loop

@@ -4,11 +4,12 @@ import torch
 import torch.distributed as dist
 
 from syncbn.trainer.config import Config, as_dict, typed
-from syncbn.trainer.job.run import assemble, build
+from syncbn.trainer.environment import threads
+from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.runs.checkpoint import Checkpoints
 from syncbn.trainer.training.loop import fit
 from syncbn.trainer.training.resume import Keeper
-from syncbn.trainer.world import World, threads
+from syncbn.trainer.world import World
 
 
 class Shelf:

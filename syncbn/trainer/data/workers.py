@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from syncbn.trainer import world
+from syncbn.trainer import environment
 from syncbn.trainer.errors import FAILED, UserError
 
 # What launchers and schedulers end or warn a job with
@@ -41,7 +41,7 @@ class HeedRankAlone:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         Queue._on_queue_feeder_error = _send_the_error  # pyright: ignore[reportAttributeAccessIssue]
         # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
-        if (scratch := world.scratch()) and len(scratch) < LONGEST:
+        if (scratch := environment.scratch()) and len(scratch) < LONGEST:
             tempfile.tempdir = scratch
         Thread(target=self._end_when_told, daemon=True).start()
         if sys.platform == "linux" and self.is_parent:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from syncbn.trainer import world
+from syncbn.trainer import environment, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
@@ -40,8 +40,8 @@ def alike(find_config: Callable[[], Config]) -> Config:
     config, device, refused = None, "", None
     try:
         config = find_config()
-        device = world.choose_device(config.launch).type
-        world.check_gpus(config.launch, world.local_size())
+        device = environment.choose_device(config.launch).type
+        environment.check_gpus(config.launch, environment.local_size())
     except UserError as error:
         refused = str(error)
     mine = {"host": socket.gethostname(), "refused": refused, "traits": {**traits(), "the device": device}}
@@ -87,12 +87,12 @@ def difference(told: Sequence[Mapping[str, Trait]], hosts: Sequence[str]) -> str
 
 def _judged(mine: Mapping[str, Any]) -> str | None:
     """Rank 0's verdict on what all ranks are, on every rank: why they cannot work together."""
-    store, rank = world.meet(), world.rank()
+    store, rank = world.meet(), environment.rank()
     store.set(f"{ALIKE}/{rank}", json.dumps(mine))
     if rank > 0:
         store.wait([ALIKE], PATIENCE)
         return json.loads(store.get(ALIKE))
-    keys = [f"{ALIKE}/{rank}" for rank in range(world.size())]
+    keys = [f"{ALIKE}/{rank}" for rank in range(environment.size())]
     store.wait(keys, PATIENCE)
     everyone = [json.loads(store.get(key)) for key in keys]
     hosts = [each["host"] for each in everyone]

@@ -3,18 +3,19 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
+from syncbn.trainer import norms
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.job.build import Parts, build
 from syncbn.trainer.job.diagnosis import is_out_of_memory
-from syncbn.trainer.job.rank0 import Parts
 from syncbn.trainer.training import optim
-from syncbn.trainer.training.loop import autocast
+from syncbn.trainer.training.evaluation import autocast
 from syncbn.trainer.world import World
 
 SMALLEST = 2  # one image of 1×1 pixels in the last layers has no variance
@@ -34,6 +35,22 @@ class Found:
 
     def __str__(self) -> str:
         return f"{self.batch_per_rank} images a rank, {self.images_per_s:.0f} images/s before gradients are shared"
+
+
+def global_batch(config: Config, ranks: World) -> int:
+    """The global batch that data.batch_per_rank=auto comes to on these ranks. Collective."""
+    alone = replace(
+        config,
+        data=replace(config.data, batch_per_rank=1),
+        norm=norms.of_one_rank(config.norm),
+        train=replace(config.train, cuda_graph=False),
+    )
+    with ranks.together():
+        parts = build(alone, ranks)
+    found = batch_per_rank(parts, config, ranks)
+    if ranks.rank == 0:
+        print(f"data.batch_per_rank=auto: {found}", flush=True)
+    return found.batch_per_rank * ranks.size
 
 
 def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = time.perf_counter) -> Found:

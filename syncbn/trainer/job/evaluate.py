@@ -3,21 +3,39 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from textwrap import shorten
 
-from syncbn.trainer import models
+from syncbn.trainer import models, norms
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
 from syncbn.trainer.display.screen import Screen, shown
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.rank0 import Parts
+from syncbn.trainer.job.agreement import refuse_other_data
+from syncbn.trainer.job.build import Parts, build
+from syncbn.trainer.job.log import log_to
 from syncbn.trainer.runs.folder import RunFolder
-from syncbn.trainer.training.loop import evaluate_all
+from syncbn.trainer.training import resume
+from syncbn.trainer.training.evaluation import evaluate_all
 from syncbn.trainer.training.resume import Start
 from syncbn.trainer.training.state import best_weights
 from syncbn.trainer.world import World
 
 log = logging.getLogger(__name__)
+
+
+def evaluate(config: Config, ranks: World) -> int:
+    """Evaluate a checkpoint and show its figures: the exit code. Collective."""
+    log_to(None, warn=ranks.rank == 0)
+    reduced = needed(config)
+    norms.refuse_misfit(reduced.norm, ranks.size)
+    start = resume.find_at(Path(config.checkpoint.resume), ranks)
+    with ranks.together():
+        parts = build(reduced, ranks, start if config.eval.recalibrate else None)
+        take_over(parts, start, config)
+    refuse_other_data(parts.data, ranks)
+    show(parts, start, config, ranks)
+    return ranks.from_rank_0(0)
 
 
 def needed(config: Config) -> Config:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOM_FOR_TITLE = 200
 # What a process reads of its environment but once, as it begins: what the ranks are to have, unless the user has it
@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 # What ranks import, some of it as they need it: DDP and the optimisers torch._dynamo, image data torchvision
-IMPORTED = ("syncbn.trainer.job.run", "syncbn.trainer.data.transforms", "torch._dynamo")
+IMPORTED = ("syncbn.trainer.job.rank", "syncbn.trainer.data.transforms", "torch._dynamo")
 
 
 class Request(NamedTuple):
@@ -157,14 +157,14 @@ def _tell_of_ends(connection: Connection) -> None:
         connection.send((pid, os.waitstatus_to_exitcode(status)))
 
 
-def become(request: Request) -> int:
-    """Be the rank that was asked for: its exit code."""
+def become(request: Request) -> NoReturn:
+    """Be the rank that was asked for, and end with it."""
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    from syncbn.trainer.job import run
+    from syncbn.trainer.job import rank
 
-    return run.as_started(Path(request.argument), os.getppid())
+    rank.as_started(Path(request.argument), os.getppid())
 
 
 if __name__ == "__main__":
@@ -172,4 +172,4 @@ if __name__ == "__main__":
         importlib.import_module(name)
     asked = serve(Connection(int(sys.argv[1])))
     if asked is not None:
-        sys.exit(become(asked))
+        become(asked)

@@ -2,46 +2,35 @@
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from torch import nn
-
 from syncbn import Reading
-from syncbn.trainer import data, norms, tasks
+from syncbn.trainer import data, norms
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.display.screen import Screen, shown
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
-from syncbn.trainer.errors import PREEMPTED, one_line
+from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, one_line
 from syncbn.trainer.files import put
+from syncbn.trainer.job.build import Parts
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.report import page, plots
 from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.reader import read
+from syncbn.trainer.runs.record import Record
 from syncbn.trainer.runs.status_file import Pulse
 from syncbn.trainer.training import drift
 from syncbn.trainer.training.drift import Story
 from syncbn.trainer.training.state import Training
-from syncbn.trainer.training.totals import Record
 from syncbn.trainer.world import World
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Parts:
-    """What each rank builds alone, and notes for the user: of images left out and weights loaded."""
-
-    data: data.Data
-    model: nn.Module
-    converted: norms.Converted
-    task: tasks.Task
-    notes: list[str] = field(default_factory=list)
 
 
 class Watch:
@@ -156,8 +145,8 @@ class Watch:
         next_time = f"goes on from {latest}" if latest else "begins anew, as there is no checkpoint yet"
         self.screen.say(f"preempted at step {step}{lost}: the same command {next_time}")
 
-    def finish(self, figures: dict[str, float]) -> None:
-        """Write the result, and show what the run came to; what could not be written is `missing`.
+    def finish(self, figures: dict[str, float]) -> int:
+        """Write the result, and show what the run came to: the exit code. What could not be written is `missing`.
 
         A run with a result is finished for good, so one that lacks something gets none.
         """
@@ -194,6 +183,9 @@ class Watch:
                 **self.where_to_look(),
             }
         )
+        if self.missing:
+            print(f"error: {self.incomplete()}", file=sys.stderr, flush=True)
+        return INCOMPLETE if self.missing else 0
 
     def incomplete(self) -> str:
         """What to tell of a run that came to its end, but is missing something."""

@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from syncbn.trainer.runs import lock
-from syncbn.trainer.runs import status_file
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put
 from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs import lock, status_file
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (

@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from syncbn.trainer.runs import lock
 from syncbn.trainer.errors import one_line
 from syncbn.trainer.files import put
-from syncbn.trainer.runs.lock import now
 from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs import lock
+from syncbn.trainer.runs.lock import now
 
 NAME = "status.json"
 LIVE = ("starting", "training", "evaluating")

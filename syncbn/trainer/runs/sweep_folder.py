@@ -13,8 +13,8 @@ from typing import Any
 
 from syncbn.trainer.errors import PREEMPTED, USER_ERROR, UserError, one_line
 from syncbn.trainer.files import put
-from syncbn.trainer.runs.folder import digest
 from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs.folder import digest
 
 NAME = "sweep.json"
 SEED = "seed"  # points that differ in it alone are one setting, tried several times

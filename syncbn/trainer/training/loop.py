@@ -2,75 +2,20 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Protocol
 
-import torch
-from torch import nn
-
 from syncbn import Reading
-from syncbn.trainer.data import Batch, Batches, Data
+from syncbn.trainer.data import Batch, Batches
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.tasks import Task
-from syncbn.trainer.training import drift
 from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
+from syncbn.trainer.training.evaluation import autocast, evaluate_all
+from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.preemption import Preempted, Stop
 from syncbn.trainer.training.state import Training
-from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
-
-
-@dataclass
-class TrainConfig:
-    epochs: float = 10.0  # passes over the training images ...
-    steps: int | None = None  # ... or, if given, optimiser steps
-    accumulate: int = 1  # forwards and backwards per optimiser step; the batch of a norm stays that of one forward
-    precision: str = "fp32"  # fp32, or bf16 or fp16 (autocast: parameters and statistics stay fp32)
-    channels_last: bool = False  # memory format of images and convolutions
-    compile: bool = False  # torch.compile, the whole model in one graph
-    cuda_graph: bool = False  # GPUs only: each step after the 11th is one CUDA graph, launched at once
-    find_unused_parameters: bool = False  # for a model that leaves some out in some steps; it costs each step time
-    ema: float = 0.0  # decay per step of an average of all weights and buffers, used in eval; 0: none
-    clip_norm: float = 0.0  # largest norm of the gradient; 0: any
-    max_bad_steps: int = 10  # a step whose loss or gradient is not finite is left out; more in a row end the run
-    log_every: int = 10  # steps
-    eval_every: int | None = None  # steps; none: each epoch. A checkpoint is written at each eval
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise UserError(f"train.precision={self.precision}: choose one of fp32, bf16, fp16")
-        if not self.epochs > 0:
-            raise UserError(f"train.epochs={self.epochs}: give more than 0")
-        for name in "steps", "accumulate", "log_every", "eval_every":
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"train.{name}={value}: give 1 or more")
-        if self.cuda_graph and self.find_unused_parameters:
-            raise UserError(
-                "train.cuda_graph=true with train.find_unused_parameters=true: a graph does the same in each step, and "
-                "cannot look for what was left out; choose one of the two"
-            )
-        if not 0 <= self.ema < 1:
-            raise UserError(f"train.ema={self.ema}: give a decay from 0 up to 1, such as 0.999")
-        if self.max_bad_steps < 0:
-            raise UserError(f"train.max_bad_steps={self.max_bad_steps}: give 0 (the first ends the run) or more")
-        if self.clip_norm < 0:
-            raise UserError(f"train.clip_norm={self.clip_norm}: give 0 (off) or more")
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        return self.steps or max(1, round(self.epochs * steps_per_epoch))
-
-
-@dataclass
-class EvalConfig:
-    recalibrate: int = 0  # training batches per rank whose exact statistics each eval is also done with (PreciseBN)
-
-    def __post_init__(self) -> None:
-        if self.recalibrate < 0:
-            raise UserError(f"eval.recalibrate={self.recalibrate}: give 0 (off) or more batches")
 
 
 class Observer(Protocol):
@@ -243,77 +188,6 @@ def finish_evaluation(
     if observer:
         observer.log(training.step, {"epoch": training.epoch, **figures})
     save(training, keeper, best=best)
-
-
-def evaluate_all(
-    model: nn.Module,
-    task: Task,
-    data: Data,
-    config: TrainConfig,
-    world: World,
-    stop: Stop | None = None,
-    *,
-    recalibrate: int = 0,
-) -> dict[str, float]:
-    """All figures of an evaluation, with those after recalibrating from so many training batches. Collective."""
-    figures = evaluate(model, task, data.eval, config, world, stop)
-    if recalibrate:
-        figures |= evaluate_recalibrated(model, task, data, config, world, stop, recalibrate=recalibrate)
-    return figures
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, batches: Batches, config: TrainConfig, world: World, stop: Stop | None = None
-) -> dict[str, float]:
-    """The metrics over every eval image exactly once, with rank 0's buffers on every rank. Collective.
-
-    No batch is exchanged: ranks may have different numbers of them, or none. Raises Preempted once stop was asked.
-    """
-    model.eval()
-    world.copy_from_rank_0(list(model.buffers()))
-    totals = Totals(task.sums(), world)
-    batches_left = iter(batches)
-    for _ in range(batches.most):
-        for batch in islice(batches_left, 1):
-            with autocast(config, world):
-                sums = task.evaluate(model, batch)
-            totals.add(sums, batch.skipped)
-        if stop and stop.asked():
-            raise Preempted
-    sums = totals.reduce()
-    figures = {f"eval/{name}": value for name, value in task.metrics(sums).items()}
-    return {**figures, "eval/images": sums["samples"], "eval/skipped_images": sums["skipped"]}
-
-
-def evaluate_recalibrated(
-    model: nn.Module,
-    task: Task,
-    data: Data,
-    config: TrainConfig,
-    world: World,
-    stop: Stop | None = None,
-    *,
-    recalibrate: int,
-) -> dict[str, float]:
-    """The metrics with the statistics of training batches in place of the running ones, and what these miss.
-
-    What the metrics differ by, the running statistics cost. Empty, if the model has none that move. Collective.
-    """
-    recalibrated = drift.recalibrated(model, islice(data.sample, recalibrate), autocast(config, world))
-    if recalibrated is None:
-        return {}
-    model, gaps = recalibrated
-    figures = evaluate(model, task, data.eval, config, world, stop)
-    renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
-    unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")
-    return {name: value for name, value in renamed.items() if name not in unneeded} | gaps
-
-
-def autocast(config: TrainConfig, world: World) -> AbstractContextManager:
-    """bf16 or fp16 where that is exact enough, as the config says."""
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(world.device.type, dtype, enabled=config.precision != "fp32")
 
 
 class Waited:

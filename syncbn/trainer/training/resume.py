@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from syncbn.trainer import world
+from syncbn.trainer import environment
 from syncbn.trainer.data import Data
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.redact import redacted
@@ -129,7 +129,7 @@ def _shared(find: Callable[[], tuple[Path, bytes, bool] | None], ranks: World) -
 
 
 def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
-    if resume == "none" and not world.restarts():
+    if resume == "none" and not environment.restarts():
         return None
     if folder.holds(config) and (found := _newest(folder.checkpoints)):
         path, payload = found

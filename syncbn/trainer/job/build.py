@@ -1,0 +1,90 @@
+"""From the config to objects: data, model and task, and what trains them."""
+
+from dataclasses import dataclass, field
+from inspect import signature
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn.trainer import data, environment, models, norms, tasks
+from syncbn.trainer.config import Config
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.training import cuda_graph, optim
+from syncbn.trainer.training.bad_steps import Guard
+from syncbn.trainer.training.ema import Average
+from syncbn.trainer.training.resume import Start
+from syncbn.trainer.training.state import Training, seed_generators
+from syncbn.trainer.training.totals import Totals
+from syncbn.trainer.world import World
+
+# DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
+BROADCAST_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel.__init__).parameters
+)
+
+
+@dataclass
+class Parts:
+    """What each rank builds alone, and notes for the user: of images left out and weights loaded."""
+
+    data: data.Data
+    model: nn.Module
+    converted: norms.Converted
+    task: tasks.Task
+    notes: list[str] = field(default_factory=list)
+
+
+def build(config: Config, ranks: World, start: Start | None = None, found: int | None = None) -> Parts:
+    """Data, model and task. No rank speaks to another here. found: by found_out; of a start, its own is kept."""
+    if config.train.cuda_graph:
+        cuda_graph.prepare(ranks.device)
+    seed_generators(config.seed)
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    images = data.build(
+        config.data,
+        ranks,
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        memory_format=memory_format,
+        global_batch=(start and start.global_batch) or found,
+        start=start.state["step"] if start else 0,
+    )
+    notes = [*images.notes]
+    model = models.build(config.model, len(images.classes), notes.append).to(ranks.device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    place = norms.Place(ranks.device, ranks.size, environment.local_size(), images.global_batch)
+    model, converted = norms.convert(model, config.norm, place)
+    return Parts(images, model, converted, tasks.build(config.task, len(images.classes)), notes)
+
+
+def assemble(parts: Parts, config: Config, ranks: World) -> Training:
+    """The parts joined over the ranks. Collective."""
+    average = Average(parts.model, config.train.ema) if config.train.ema else None
+    if config.train.compile:
+        parts.model.compile(fullgraph=True)
+    if not any(parameter.requires_grad for parameter in parts.model.parameters()):
+        raise UserError(
+            f"model.name={config.model.name} has no parameter to train (requires_grad is False for all, if there are "
+            "any): leave some to train, or take task=evaluate",
+            on_every_rank=True,
+        )
+    model = DistributedDataParallel(
+        parts.model,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.find_unused_parameters,
+        # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
+        **{BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
+    )
+    seed_generators(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
+    optimizer = optim.build(config.optim, parts.model, parts.data.global_batch * config.train.accumulate)
+    steps_per_epoch = parts.data.steps_per_epoch
+    steps = config.train.total_steps(steps_per_epoch)
+    schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
+    guard = Guard(parts.model, optimizer, scaled=config.train.precision == "fp16")
+    totals = Totals(parts.task.sums(), ranks)
+    return Training(model, parts.task, parts.data, optimizer, schedule, guard, totals, average)

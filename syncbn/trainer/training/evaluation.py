@@ -1,0 +1,86 @@
+"""The figures of a model on the eval data, with running statistics and with recalibrated ones."""
+
+from contextlib import AbstractContextManager
+from itertools import islice
+
+import torch
+from torch import nn
+
+from syncbn.trainer.data import Batches, Data
+from syncbn.trainer.tasks import Task
+from syncbn.trainer.training import drift
+from syncbn.trainer.training.options import TrainConfig
+from syncbn.trainer.training.preemption import Preempted, Stop
+from syncbn.trainer.training.totals import Totals
+from syncbn.trainer.world import World
+
+
+def evaluate_all(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    world: World,
+    stop: Stop | None = None,
+    *,
+    recalibrate: int = 0,
+) -> dict[str, float]:
+    """All figures of an evaluation, with those after recalibrating from so many training batches. Collective."""
+    figures = evaluate(model, task, data.eval, config, world, stop)
+    if recalibrate:
+        figures |= evaluate_recalibrated(model, task, data, config, world, stop, recalibrate=recalibrate)
+    return figures
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, batches: Batches, config: TrainConfig, world: World, stop: Stop | None = None
+) -> dict[str, float]:
+    """The metrics over every eval image exactly once, with rank 0's buffers on every rank. Collective.
+
+    No batch is exchanged: ranks may have different numbers of them, or none. Raises Preempted once stop was asked.
+    """
+    model.eval()
+    world.copy_from_rank_0(list(model.buffers()))
+    totals = Totals(task.sums(), world)
+    batches_left = iter(batches)
+    for _ in range(batches.most):
+        for batch in islice(batches_left, 1):
+            with autocast(config, world):
+                sums = task.evaluate(model, batch)
+            totals.add(sums, batch.skipped)
+        if stop and stop.asked():
+            raise Preempted
+    sums = totals.reduce()
+    figures = {f"eval/{name}": value for name, value in task.metrics(sums).items()}
+    return {**figures, "eval/images": sums["samples"], "eval/skipped_images": sums["skipped"]}
+
+
+def evaluate_recalibrated(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    world: World,
+    stop: Stop | None = None,
+    *,
+    recalibrate: int,
+) -> dict[str, float]:
+    """The metrics with the statistics of training batches in place of the running ones, and what these miss.
+
+    What the metrics differ by, the running statistics cost. Empty, if the model has none that move. Collective.
+    """
+    recalibrated = drift.recalibrated(model, islice(data.sample, recalibrate), autocast(config, world))
+    if recalibrated is None:
+        return {}
+    model, gaps = recalibrated
+    figures = evaluate(model, task, data.eval, config, world, stop)
+    renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
+    unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")
+    return {name: value for name, value in renamed.items() if name not in unneeded} | gaps
+
+
+def autocast(config: TrainConfig, world: World) -> AbstractContextManager:
+    """bf16 or fp16 where that is exact enough, as the config says."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(world.device.type, dtype, enabled=config.precision != "fp32")
