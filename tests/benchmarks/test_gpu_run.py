@@ -68,6 +68,8 @@ def test_a_step_that_there_is_not_is_told(tmp_path):
     assert done.stderr == "There is no step stpe: the steps are smoke tests step op drift graph\n"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @NO_GPU
 def test_a_step_that_fails_stops_no_other_and_one_can_be_run_again_alone(tmp_path):
     failing = tmp_path / "python"

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import Ended, RanksFailed, UserError
 from syncbn.trainer.job import launch
-from syncbn.trainer.job.launch import Ended, RanksFailed
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.runs import status_file
 from tests.launch.jobs import state as latest
@@ -55,7 +54,7 @@ def figures(folder):
 
 
 def test_what_starts_the_ranks_does_not_wait_for_what_they_alone_import():
-    code = "import sys, syncbn.trainer.launch; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, syncbn.trainer.job.launch; print([m for m in sys.argv[1:] if m in sys.modules])"
     seconds_each = ["torchvision", "torch._dynamo", "matplotlib"]
     told = subprocess.run([sys.executable, "-c", code, *seconds_each], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
@@ -120,6 +119,8 @@ def test_without_a_terminal_lines_are_plain_and_tell_where_all_lies(trained):
         assert Path(path).is_dir()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_commands_that_are_printed_can_be_pasted_whatever_the_run_is_called(tmp_path):
     name = """it's a "{b,c}" $HOME :cat: *"""
     word = "run.name='" + name.replace("'", "\\'") + "'"  # as Hydra reads it
@@ -206,6 +207,8 @@ def test_torchrun_trains_the_same_run(trained, tmp_path):
     assert figures(tmp_path / folder.name) == figures(folder)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_typo_under_torchrun_ends_the_whole_job_at_once(tmp_path):
     began = time.monotonic()
     done = run(TORCHRUN, "data.batch=3", root=tmp_path)

@@ -43,6 +43,7 @@ def test_ranks_are_forked_and_ps_shows_which_they_are(tmp_path):
             assert pid in descendants(parent)
 
 
+@pytest.mark.plain("launcher")
 @pytest.mark.parametrize("victim", ["launcher", "nursery"])
 def test_no_rank_outlives_what_it_was_forked_from(tmp_path, victim):
     with training(tmp_path / "runs") as started:
@@ -66,6 +67,8 @@ def test_another_nursery_takes_the_place_of_one_that_was_killed(tmp_path):
         assert "restart 1 of 1" in started.said
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_nursery_that_cannot_import_is_told(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('broken by a test')")
@@ -75,6 +78,8 @@ def test_a_nursery_that_cannot_import_is_told(tmp_path):
     assert "error: what ranks are forked from has ended" in started.said
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_signal_to_every_process_at_once_saves_the_run(tmp_path):
     """As Slurm sends it: to the processes of a job, whichever they are."""
     with training(tmp_path / "runs") as started:
@@ -126,9 +131,11 @@ def test_the_points_of_a_sweep_are_forked_from_one_nursery(tmp_path):
         assert not [pid for pid in nurseries if running(pid)]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_rank_has_the_environment_and_the_folder_of_its_launcher(tmp_path):
     code = (
-        "import os; from syncbn.trainer.nursery import Nursery\n"
+        "import os; from syncbn.trainer.job.nursery import Nursery\n"
         "nursery = Nursery(); os.environ['RANK'] = '7'; os.chdir('..')\n"
         "rank = nursery.start('no.yaml', dict(os.environ))\n"
         "while rank.poll() is None: pass\n"

@@ -10,8 +10,8 @@ import pytest
 
 from syncbn.trainer.files import SCRATCH
 from tests.launch.jobs import PYTHON, ROOT, STANDALONE, differing, figures, finished, job, saved_steps, state
+from tests.trainer.display.test_wandb_run import read
 from tests.trainer.images import image_folder
-from tests.trainer.test_tracking import read
 
 STEPS = 60
 EVERYTHING = [
@@ -138,6 +138,8 @@ def test_torchrun_starts_all_ranks_again_by_itself(undisturbed, tmp_path):
     assert_same_run(tmp_path / "r", undisturbed)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     (left := tmp_path / f"{SCRATCH}of-a-job-killed-at-its-very-end").mkdir()

@@ -55,7 +55,7 @@ def everyones():
         yield Path(folder)
 
 
-@pytest.mark.plain("ascii", "few-files", "no-user-name")
+@pytest.mark.plain("no-user-name")
 @pytest.mark.parametrize("surrounding", WORKS.values(), ids=WORKS)
 def test_a_run_works(everyones, surrounding):
     skip_unless_possible(surrounding)

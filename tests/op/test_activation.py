@@ -153,7 +153,7 @@ def compiled(rank, backend, layer, *args):
     return on_rank(rank, layer, *args)
 
 
-@pytest.mark.plain("residual+relu-inductor", "residual-aot_eager")
+@pytest.mark.plain("residual-aot_eager")
 @pytest.mark.parametrize(
     ("form", "backend"),
     [*((form, "aot_eager") for form in FORMS), ("residual+relu", "inductor")],

@@ -11,6 +11,7 @@ from tests.op.fuzz_case import Case, Share, draw
 SEEDS = range(900)
 
 
+@pytest.mark.plain("range(0, 300)")
 @pytest.mark.parametrize("seeds", [SEEDS[i : i + 300] for i in SEEDS[::300]], ids=str)
 def test_random_cases_equal_the_whole_batch(seeds):
     lines = []

@@ -454,6 +454,7 @@ def programs_in_the_order(order):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs programs in whatever order it likes")
+@pytest.mark.plain("groups-of-images-turned")
 @pytest.mark.parametrize("order", [lambda x, n: n - 1 - x, lambda x, n: (x + n // 3) % n], ids=["backwards", "turned"])
 @pytest.mark.parametrize("images", [4, 12], ids=["groups-of-images", "groups"])
 def test_the_order_in_which_programs_finish_changes_no_bit(images, order):

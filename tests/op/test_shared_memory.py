@@ -558,6 +558,8 @@ def said_on(hosts, store, interface):
 ON_EACH_HOST = ["0.30000000000000004 (2, True, False)", "0.30000000000000004 (2, True, True)"]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_containers_of_one_name_on_one_machine_are_hosts_of_their_own(tmp_path):
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*container, "true"], check=False).returncode:
@@ -565,6 +567,8 @@ def test_containers_of_one_name_on_one_machine_are_hosts_of_their_own(tmp_path):
     assert said_on([container] * 2, tmp_path / "store", "lo") == [ON_EACH_HOST] * 2
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @needs_namespaces
 def test_hosts_with_a_cable_between_them_add_up_through_memory_and_over_it(tmp_path):
     with two_hosts() as hosts:

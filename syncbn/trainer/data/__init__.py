@@ -14,7 +14,7 @@ from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 
-AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: see probe.py
+AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: job/batch_size.py
 
 
 @dataclass

@@ -77,7 +77,10 @@ def run_job(composed: DictConfig) -> float | None:
     """The body of the script's @hydra.main function: one run; its objective, for a sweeper, if it came to one."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.one_point(composed, one_run)
-    return one_run(composed)
+    objective: list[float] = []
+    if code := in_one_line(lambda: objective.append(one_run(composed))):
+        sys.exit(code)  # of an exception Hydra would tell in lines of its own
+    return objective[0]
 
 
 def one_run(composed: DictConfig) -> float:

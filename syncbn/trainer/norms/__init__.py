@@ -183,7 +183,7 @@ class Norm(NamedTuple):
 
 
 def _sync(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
-    # That nothing was found is said once, by rank 0's Watch
+    # That nothing was found is said once, by rank 0 (job/rank0.py)
     return syncbn.convert(model, group=config.group, fuse=config.fuse, report=lambda _: None), ()
 
 

@@ -349,7 +349,7 @@ def test_too_few_images_for_one_step():
         data.build(DataConfig(), World(0, 3, CPU), seed=0, accumulate=2, global_batch=800)
 
 
-CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+CIFAR = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
 
 @pytest.mark.skipif(not CIFAR.is_file(), reason="the real CIFAR-10 is not beside this checkout")

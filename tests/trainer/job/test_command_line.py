@@ -9,7 +9,7 @@ import pytest
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job import command_line
 
-CONF = Path(__file__).parents[2]
+CONF = Path(__file__).parents[3]
 
 TAKEN = {
     "nothing": ([], []),

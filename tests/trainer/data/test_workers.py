@@ -55,7 +55,7 @@ def start(script=RANK):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     started.append(rank)
     assert rank.stdout.readline() == "ready\n"

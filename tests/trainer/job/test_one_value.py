@@ -9,7 +9,7 @@ from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.job.diagnosis import explained
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
-from tests.trainer.test_loop import world_of
+from tests.trainer.training.test_loop import world_of
 
 
 def shrinking(num_classes):

@@ -20,7 +20,7 @@ from syncbn.trainer.display.wandb_run import WAITING, Tracker, WandbConfig
 from syncbn.trainer.errors import UserError
 from tests.trainer.tracked import FIGURES, STEPS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WANDB = Path(sys.executable).parent / "wandb"
 TRACK = [sys.executable, "-m", "tests.trainer.tracked"]
 SECRETS = {"WANDB_API_KEY": 8 * "plant", "A_TOKEN": "planted-in-the-environment"}
@@ -165,6 +165,8 @@ def test_a_run_goes_on_under_the_id_that_is_handed_over(offline):
     assert (run["run_id"], run["resume"]) == ("0123abcd", True)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_newest_folder_of_a_run_that_goes_on_is_whole_and_alone_is_sent(offline):
     folders = offline.files.parent
     then = Tracked(folders.parent, "gone-on", run_id="0123abcd")

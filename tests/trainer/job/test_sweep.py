@@ -13,7 +13,7 @@ from syncbn.trainer.config import Config
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.errors import PREEMPTED, UserError
 from syncbn.trainer.job import launch
-from syncbn.trainer.report import comparison
+from syncbn.trainer.report import comparison, page
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.runs import sweep_folder
 from tests.trainer.sweeps import ROOT, main
@@ -196,12 +196,12 @@ def test_its_folder_is_taken_for_no_run_and_no_run_takes_it(swept, tmp_path):
 
 def test_the_report_is_made_again_from_the_folder(swept, tmp_path, capfd):
     swept("norm=sync,torch", "seed=0,1")
-    page = folder_of(tmp_path) / "report.html"
-    first = page.read_text()
-    page.unlink()
+    written = folder_of(tmp_path) / "report.html"
+    first = written.read_text()
+    written.unlink()
     (folder_of(tmp_path) / "sweep.json").touch()
     assert page.main([str(folder_of(tmp_path))]) == 0
-    assert page.read_text() == first
+    assert written.read_text() == first
     runs = [str(path) for path in tmp_path.iterdir()]
     assert page.main(runs) == 2
     assert "is a sweep: give it alone, or give runs" in capfd.readouterr().err

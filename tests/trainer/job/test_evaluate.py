@@ -18,7 +18,7 @@ from syncbn.trainer.training.resume import load
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world, train
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 TRAINED = {
     "average": {"train": {"ema": 0.5}},
