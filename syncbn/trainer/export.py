@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.trainer import models, norms
-from syncbn.trainer.display.screen import Screen, shown
+from syncbn.trainer import models, norms, tasks
+from syncbn.trainer.display.screen import Screen
 from syncbn.trainer.errors import USER_ERROR, UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
 from syncbn.trainer.runs.checkpoint import first_line
+from syncbn.trainer.runs.metric import in_words
 from syncbn.trainer.training import resume
 from syncbn.trainer.training.state import State, best_weights
 
@@ -65,7 +66,7 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
         "images": f"float32 [N, 3, {height}, {width}], pixels in 0..1, then (pixel - mean) / std",
         "mean, std": f"{facts['mean']}, {facts['std']}",
         "classes": f"{len(facts['classes'])}: {few(facts['classes'])}",
-        **shown(facts["eval"]),
+        **in_words(facts["eval"], task_of(state).metrics),
     }
 
 
@@ -90,13 +91,18 @@ def described(state: State, size: int | None) -> dict[str, Any]:
 def plain_model(state: State, path: Path) -> nn.Module:
     """The model of a checkpoint in eval mode, on the CPU, its batch norm torch's; another norm is as it was trained."""
     name, norm = state["config"]["model"]["name"], norm_of(state)
-    model = models.build(ModelConfig(name=name), len(state["classes"]))
+    outputs = task_of(state).outputs or len(state["classes"])
+    model = models.build(ModelConfig(name=name), outputs)
     if is_plain(norm):
         model = syncbn.revert(model)  # a user's own builder may have converted it
     else:
         model, _ = norms.convert(model, norm, norms.Place(torch.device("cpu")))
     models.load_all(model, best_weights(state), name, path)
     return model.eval()
+
+
+def task_of(state: State) -> tasks.Task:
+    return tasks.build(tasks.TaskConfig(**state["config"]["task"]), len(state["classes"]))
 
 
 def norm_of(state: State) -> NormConfig:

@@ -64,7 +64,7 @@ def train(rank, ranks, config, optimiser, norm, folder):
     schedule = optim.build_schedule(optim.ScheduleConfig(), optimizer, steps=config.steps, steps_per_epoch=20)
     schedule.lr_lambdas = [in_float32(share) for share in schedule.lr_lambdas]
     task, guard = tasks.build(tasks.TaskConfig()), Guard(model, optimizer, scaled=config.precision == "fp16")
-    totals = Totals(task.sums(), world)
+    totals = Totals(task.shapes, world)
     loop.fit(Training(ddp, task, images, optimizer, schedule, guard, totals, average), config, world, log)
 
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}

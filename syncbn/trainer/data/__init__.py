@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
 from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint, refuse_missing
+from syncbn.trainer.data.structure import mapped
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
@@ -93,19 +95,25 @@ class Batches:
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
-            images = batch.images.to(self.device, non_blocking=True).float().sub(self.mean).mul(self.scale)
-            images = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.memory_format)
-            self.shape = [*images.shape[1:]]
-            yield Batch(images, batch.labels.to(self.device, non_blocking=True), batch.skipped)
+            batch = mapped(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+            yield batch._replace(images=mapped(self._normalised, batch.images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Of images [B, 1 or 3, H, W], or of one [1 or 3, H, W]."""
+        batch = images if images.ndim == 4 else images[None]
+        batch = batch.float().sub(self.mean).mul(self.scale).expand(-1, 3, -1, -1)
+        batch = batch.contiguous(memory_format=self.memory_format)
+        self.shape = [*batch.shape[1:]]
+        return batch if images.ndim == 4 else batch[0]
 
 
 class Data(NamedTuple):
     """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration.
 
     sample: the first batches of training, from step 0 with each iteration, which leaves train as it is.
-    global_batch: training images of one forward of all ranks together. share: this rank's images in it over the mean
-    of the ranks': the mean over ranks of share times the rank's own mean is the mean over the global batch.
-    fingerprint: what the data set holds, the same wherever it lies. notes: what of it is left out, in words.
+    global_batch: training images of one forward of all ranks together. even: whether each rank has as many of them.
+    skips: whether a batch may lack some. fingerprint: what the data set holds, the same wherever it lies. notes: what
+    of it is left out, in words.
     """
 
     train: Batches
@@ -114,7 +122,8 @@ class Data(NamedTuple):
     steps_per_epoch: int
     classes: list[str]
     global_batch: int
-    share: float
+    even: bool
+    skips: bool
     fingerprint: dict[str, Any]
     notes: list[str]
 
@@ -173,7 +182,8 @@ def build(
         sampler.steps_per_epoch,
         [*train.classes],
         global_batch,
-        len(sampler.mine) * world.size / global_batch,
+        len(sampler.mine) * world.size == global_batch,
+        config.skip_broken,
         fingerprint(train, test),
         [*train.notes, *test.notes],
     )

@@ -1,7 +1,7 @@
 """One batch of samples from their keys: decoded, augmented, stacked and mixed, each by its own seed."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,19 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """images: [B, 1 or 3, H, W] in 0..255; labels: [B], or [B, K] weights after mixing; skipped: broken images."""
+    """Samples of one rank: any structure of tensors, as the task takes it.
 
-    images: Tensor
-    labels: Tensor
+    Of classification: images [B, 1 or 3, H, W] in 0..255, labels [B], or [B, K] weights after mixing. Images of
+    different sizes are a list. skipped: broken images that were left out.
+    """
+
+    images: Any
+    labels: Any
     skipped: int = 0
+
+    @property
+    def samples(self) -> int:
+        return len(self.images)
 
 
 class Samples(torch.utils.data.Dataset):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from syncbn import Verdict
+from syncbn.trainer.runs.metric import Metric
 
 PLAIN_LINE_EVERY_S = 30.0
 
@@ -16,8 +17,9 @@ PLAIN_LINE_EVERY_S = 30.0
 class Screen:
     """Shows a training of a known number of steps."""
 
-    def __init__(self, steps: int, console: Console | None = None):
-        self.steps = steps
+    def __init__(self, steps: int, console: Console | None = None, metrics: Sequence[Metric] = ()):
+        """metrics: what is shown of each training window and evaluation, in this order."""
+        self.steps, self.metrics = steps, metrics
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.windows: list[tuple[int, dict[str, float]]] = []  # training figures since the last evaluation
         self.read_at = 0
@@ -58,11 +60,11 @@ class Screen:
             self.read_at = step
         if any(name.startswith("eval/") for name in figures):
             # None where another process trained, and this one goes on with the evaluation
-            trained = f"{_trained(_mean(self.windows))}  |  " if self.windows else ""
-            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {trained}{_evaluated(figures)}")
+            trained = f"{self._trained(self._mean())}  |  " if self.windows else ""
+            self.say(f"epoch {figures['epoch']:5.1f}  step {step:>6}  {trained}eval {self._learnt(figures, 'eval')}")
             self.windows, self.said_at = [], time.monotonic()
             return
-        now = _trained(figures)
+        now = self._trained(figures)
         if self.bar:
             self.bar.update(self.task, figures=now)
         elif time.monotonic() - self.said_at > PLAIN_LINE_EVERY_S:
@@ -106,30 +108,26 @@ class Screen:
         for name, value in rows.items():
             self.say(f"{name:<{width}}  {value}")
 
+    def _mean(self) -> dict[str, float]:
+        """The figures over windows of so many steps each, as if they had been one."""
+        mean = {}
+        for name in (*(f"train/{metric.name}" for metric in self.metrics), "train/data_wait_share"):
+            if known := [(n, figures[name]) for n, figures in self.windows if name in figures]:
+                mean[name] = sum(n * value for n, value in known) / sum(n for n, _ in known)
+        took = sum(n / max(1e-9, figures["train/images_per_s"]) for n, figures in self.windows)
+        return {**mean, "train/images_per_s": sum(n for n, _ in self.windows) / took}
 
-def shown(figures: Mapping[str, float]) -> dict[str, str]:
-    """Metrics as a person reads them."""
-    shares = ("accuracy",)
-    return {k: f"{v:.2%}" if k.endswith(shares) else f"{v:.4f}" if v % 1 else f"{v:.0f}" for k, v in figures.items()}
+    def _trained(self, figures: dict[str, float]) -> str:
+        learnt = self._learnt(figures, "train") or "no good step"
+        speed = f"{figures['train/images_per_s']:,.0f} images/s"
+        return f"{learnt}  {speed}  data wait {figures['train/data_wait_share']:3.0%}"
 
-
-def _mean(windows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """The figures over windows of so many steps each, as if they had been one."""
-    mean = {}
-    for name in ("train/loss", "train/accuracy", "train/data_wait_share"):
-        if known := [(n, figures[name]) for n, figures in windows if name in figures]:
-            mean[name] = sum(n * value for n, value in known) / sum(n for n, _ in known)
-    took = sum(n / max(1e-9, figures["train/images_per_s"]) for n, figures in windows)
-    return {**mean, "train/images_per_s": sum(n for n, _ in windows) / took}
-
-
-def _trained(figures: dict[str, float]) -> str:
-    learnt = "no good step"
-    if "train/loss" in figures:
-        learnt = f"loss {figures['train/loss']:.4f}  accuracy {figures['train/accuracy']:6.2%}"
-    speed = f"{figures['train/images_per_s']:,.0f} images/s"
-    return f"{learnt}  {speed}  data wait {figures['train/data_wait_share']:3.0%}"
-
-
-def _evaluated(figures: dict[str, float]) -> str:
-    return f"eval loss {figures['eval/loss']:.4f}  accuracy {figures['eval/accuracy']:6.2%}"
+    def _learnt(self, figures: dict[str, float], of: str) -> str:
+        """The task's metrics, in a width that stays."""
+        known = [
+            (metric, figures[f"{of}/{metric.name}"]) for metric in self.metrics if f"{of}/{metric.name}" in figures
+        ]
+        return "  ".join(
+            f"{metric.name} " + (f"{value:6.2%}" if metric.unit == "%" else f"{value:.4f} {metric.unit}".rstrip())
+            for metric, value in known
+        )

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -18,6 +18,7 @@ from shlex import quote
 from typing import Any
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs.metric import Metric
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Tracker:
         folder: The run's; W&B's files go to its wandb/.
         run_id: W&B's id of a run to go on with, as `run_id` was; None for a new one.
         earlier: step and figures of each line that this run has logged already, in an earlier process.
+        metrics: those of the task: of the headline, W&B's summary has the best value too.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Tracker:
         settings: dict[str, Any],
         run_id: str | None = None,
         earlier: Iterable[tuple[int, dict[str, float]]] = (),
+        metrics: Sequence[Metric] = (),
     ):
         self.run: Any = None
         self.failure: str | None = None
@@ -105,7 +108,9 @@ class Tracker:
             return
         if not _is_sent(folder / "wandb", self.run_id):
             self._earlier = [packed(partial(_log, step, figures)) for step, figures in earlier]
-        begin = partial(_begin, config, folder, name=name, group=group, settings=settings, run_id=self.run_id)
+        begin = partial(
+            _begin, config, folder, name=name, group=group, settings=settings, run_id=self.run_id, metrics=metrics
+        )
         threading.Thread(target=self._work, args=(begin, config.mode), name="wandb", daemon=True).start()
         threading.Thread(target=self._guard, name="wandb-guard", daemon=True).start()
 
@@ -216,7 +221,15 @@ class Tracker:
 
 
 def _begin(
-    config: WandbConfig, folder: Path, mode: Any, *, name: str, group: str, settings: dict[str, Any], run_id: str
+    config: WandbConfig,
+    folder: Path,
+    mode: Any,
+    *,
+    name: str,
+    group: str,
+    settings: dict[str, Any],
+    run_id: str,
+    metrics: Sequence[Metric],
 ) -> Any:
     import wandb
 
@@ -249,7 +262,10 @@ def _begin(
     run.define_metric("train/*", step_metric="step")
     run.define_metric("eval/*", step_metric="step")
     run.define_metric("drift/*", step_metric="step")
-    run.define_metric("eval/accuracy", summary="max,last")
+    for metric in metrics:
+        if metric.headline:
+            best = "max" if metric.better == "more" else "min"
+            run.define_metric(f"eval/{metric.name}", summary=f"{best},last")
     return run
 
 

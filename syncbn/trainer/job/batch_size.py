@@ -10,7 +10,7 @@ import torch
 
 from syncbn.trainer import norms
 from syncbn.trainer.config import Config
-from syncbn.trainer.data import Batch
+from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job.build import Parts, build
 from syncbn.trainer.job.diagnosis import is_out_of_memory
@@ -91,16 +91,14 @@ def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = ti
 
 def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]:
     """A function that does a whole step on so many images, which look like those of the data."""
-    image = next(iter(parts.data.sample)).images[:1]
+    example = next(iter(parts.data.sample))
     optimizer = optim.build(config.optim, parts.model, images_per_step=1)
     parts.model.train()
 
     def take_step(batch: int) -> None:
-        labels = torch.zeros(batch, dtype=torch.int64, device=ranks.device)
-        images = torch.randn_like(image.expand(batch, -1, -1, -1), memory_format=torch.preserve_format)
         with autocast(config.train, ranks):
-            loss, _ = parts.task.loss(parts.model, Batch(images, labels))
-        (loss * 0).backward()  # whatever the loss, no weight runs away
+            loss = parts.task.loss(parts.model, repeated(example, batch))
+        (loss.total * 0).backward()  # whatever the loss, no weight runs away
         optimizer.step()
         optimizer.zero_grad()
 

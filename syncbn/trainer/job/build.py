@@ -53,12 +53,13 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
         start=start.state["step"] if start else 0,
     )
     notes = [*images.notes]
-    model = models.build(config.model, len(images.classes), notes.append).to(ranks.device)
+    task = tasks.build(config.task, len(images.classes))
+    model = models.build(config.model, task.outputs or len(images.classes), notes.append).to(ranks.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     place = norms.Place(ranks.device, ranks.size, environment.local_size(), images.global_batch)
     model, converted = norms.convert(model, config.norm, place)
-    return Parts(images, model, converted, tasks.build(config.task, len(images.classes)), notes)
+    return Parts(images, model, converted, task, notes)
 
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
@@ -86,5 +87,5 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     steps = config.train.total_steps(steps_per_epoch)
     schedule = optim.build_schedule(config.schedule, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
     guard = Guard(parts.model, optimizer, scaled=config.train.precision == "fp16")
-    totals = Totals(parts.task.sums(), ranks)
+    totals = Totals(parts.task.shapes, ranks)
     return Training(model, parts.task, parts.data, optimizer, schedule, guard, totals, average)

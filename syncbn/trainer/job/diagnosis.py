@@ -81,7 +81,7 @@ def one_value(error: ValueError, training: Training, config: Config) -> UserErro
     return UserError(
         f"{text}: {', '.join([*mends, 'give larger images (data.size=)'])}, or norm=group",
         # Else a rank may have fewer images than the others
-        on_every_rank=training.data.share == 1 and not config.data.skip_broken,
+        on_every_rank=training.data.even and not training.data.skips,
     )
 
 

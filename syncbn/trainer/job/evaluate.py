@@ -9,12 +9,13 @@ from textwrap import shorten
 from syncbn.trainer import models, norms
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
-from syncbn.trainer.display.screen import Screen, shown
+from syncbn.trainer.display.screen import Screen
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job.agreement import refuse_other_data
 from syncbn.trainer.job.build import Parts, build
 from syncbn.trainer.job.log import log_to
 from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.runs.metric import headline, in_words
 from syncbn.trainer.training import resume
 from syncbn.trainer.training.evaluation import evaluate_all
 from syncbn.trainer.training.resume import Start
@@ -92,10 +93,12 @@ def show(parts: Parts, start: Start, config: Config, ranks: World) -> None:
         return
     result = RunFolder(config.run).result
     result.parent.mkdir(parents=True)
-    result.write_text(json.dumps({"objective": figures[f"eval/{parts.task.objective}"], "metrics": figures}))
+    result.write_text(
+        json.dumps({"objective": figures[f"eval/{headline(parts.task.metrics).name}"], "metrics": figures})
+    )
     Screen(0).close(
         {
-            **shown({name: value for name, value in figures.items() if name.startswith("eval/")}),
+            **in_words({name: v for name, v in figures.items() if name.startswith("eval/")}, parts.task.metrics),
             "data": f"{config.data.name}, {len(parts.data.classes)} classes",
             "model": f"{config.model.name}, norm={config.norm.name}"
             + (", the average" if averaged(start, config) else ""),

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import data, environment, models, world
+from syncbn.trainer import data, environment, models, tasks, world
 from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, RanksFailed, UserError
 from syncbn.trainer.files import clear_scratch, scratch
@@ -127,6 +127,7 @@ def hand_to_ranks(config: Config) -> None:
 def refuse_missing(config: Config) -> None:
     """Raise UserError for a file or folder that is not there: the ranks would, but take seconds to start."""
     data.refuse_missing(config.data)
+    tasks.build(config.task)
     if config.task.mode == "train":
         models.refuse_missing(config.model)
         resume.refuse_missing(config.checkpoint.resume, RunFolder(config.run), as_dict(config))

@@ -13,7 +13,7 @@ from typing import Any
 from syncbn import Reading
 from syncbn.trainer import data, norms
 from syncbn.trainer.config import Config, as_dict
-from syncbn.trainer.display.screen import Screen, shown
+from syncbn.trainer.display.screen import Screen
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, one_line
 from syncbn.trainer.files import put
@@ -22,6 +22,7 @@ from syncbn.trainer.redact import redacted
 from syncbn.trainer.report import page, plots
 from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
 from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.runs.metric import headline, in_words
 from syncbn.trainer.runs.reader import read
 from syncbn.trainer.runs.record import Record
 from syncbn.trainer.runs.status_file import Pulse
@@ -47,10 +48,12 @@ class Watch:
     ):
         """state: what state_dict gave in the process that is gone on from."""
         self.folder, self.config, self.ranks = folder, config, ranks
-        self.objective = f"eval/{parts.task.objective}"
+        self.metrics = parts.task.metrics
+        self.objective = f"eval/{headline(self.metrics).name}"
+        folder.name_metrics(self.metrics)
         self.converted, self.global_batch = converted(parts, config), parts.data.global_batch
         steps = config.train.total_steps(parts.data.steps_per_epoch)
-        self.screen = Screen(steps)
+        self.screen = Screen(steps, metrics=self.metrics)
         self.screen.say(
             f"{config.data.name}, {data_set(parts.data)} | {config.model.name}, {self.converted} | "
             f"{images(ranks, parts)} on {ranks.device.type} | {steps} steps"
@@ -78,6 +81,7 @@ class Watch:
             settings=redacted(as_dict(config)),
             run_id=state["wandb"],
             earlier=self.record.numbers(),
+            metrics=self.metrics,
         )
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, background=keep.background)
@@ -176,7 +180,7 @@ class Watch:
             self.screen.table(worst, "worst layers")
         self.screen.close(
             {
-                **shown(figures),
+                **in_words(figures, self.metrics),
                 "norm": self.converted.removeprefix("norm="),
                 **{f"drift{' ' * i}": text for i, text in enumerate(self.what_drifted())},
                 "time": f"{duration_s:.0f} s",

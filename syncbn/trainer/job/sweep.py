@@ -36,7 +36,7 @@ def begin(config: DictConfig) -> None:
     sweep, name = sweep_plan.planned(config)
     folder = Path(config.run.root) / name
     _refuse_run(folder)
-    sweep_plan.lay_down(config.hydra, name)
+    sweep_plan.lay_down(config.hydra, name, sweep)
     sweep_folder.plan(folder, sweep)
     _begun.append(folder)
     if config.hydra.runtime.choices["hydra/launcher"] == "joblib":

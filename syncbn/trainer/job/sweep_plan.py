@@ -16,11 +16,11 @@ from syncbn.trainer import tasks
 from syncbn.trainer.config import Config, as_dict, typed
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.folder import name_of, name_of_sweep
+from syncbn.trainer.runs.metric import Metric, headline
 from syncbn.trainer.runs.sweep_folder import SEED, Point, Sweep
 
 # What we have a sweeper do that has such settings, as Optuna's has
 OF_SWEEPERS = {
-    "sweeper.direction": "maximize",  # an objective: more is better
     "sweeper.max_failure_rate": 1.0,  # a failed point is no end
     "sweeper.sampler.seed": 0,  # the same command draws the same points, and so goes on
 }
@@ -41,20 +41,23 @@ def planned(config: DictConfig) -> tuple[Sweep, str]:
     composed = [_composed(config, each) for each in chosen]
     made = [Point(choices(each, swept), run=name) for each, (name, _) in zip(chosen, composed, strict=True)]
     _refuse_twice(made)
-    metrics = [tasks.build(known.task).objective for _, known in composed if known]
+    judged_by = [headline(tasks.build(known.task).metrics) for _, known in composed if known]
+    metric = judged_by[0] if judged_by else Metric("objective")
     total = len(made) if basic else OmegaConf.select(hydra, "sweeper.n_trials")
-    sweep = Sweep(swept, total, (*metrics, "objective")[0], time.time(), made if basic else [])
+    points = made if basic else []
+    sweep = Sweep(swept, total, metric.name, time.time(), points, metric.unit, metric.better)
     return sweep, name_of_sweep([(_key(override), _value(override)) for override in overrides], swept)
 
 
-def lay_down(hydra: DictConfig, name: str) -> None:
+def lay_down(hydra: DictConfig, name: str, sweep: Sweep) -> None:
     """Set the sweep's folder, here and for every point, and what its sweeper was not told."""
+    direction = "maximize" if sweep.better == "more" else "minimize"
     place = f"${{run.root}}/{name}"
     given = [word.partition("=")[0] for word in hydra.overrides.hydra]
     with read_write(hydra), open_dict(hydra):
         hydra.sweep.dir = place
         hydra.overrides.hydra.append(f"hydra.sweep.dir='{place}'")
-        for key, value in OF_SWEEPERS.items():
+        for key, value in {"sweeper.direction": direction, **OF_SWEEPERS}.items():
             section, _, own = key.rpartition(".")
             if own in (OmegaConf.select(hydra, section) or {}) and f"hydra.{key}" not in given:
                 OmegaConf.update(hydra, key, value)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from syncbn.trainer.report.tables import Cell, Table, number
+from syncbn.trainer.report.tables import Cell, Table
+from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.sweep_folder import SEED, Point, Sweep, words
 
 LOG_FROM = 4  # numbers that span more than this factor stand on a logarithmic axis
@@ -61,7 +62,8 @@ def settings(sweep: Sweep) -> list[Setting]:
     for point in sweep.points:
         choices = {key: value for key, value in point.choices.items() if key != SEED}
         found.setdefault(tuple(choices.items()), Setting(choices, [])).points.append(point)
-    best = max((setting.mean for setting in found.values() if setting.values), default=None)
+    means = [setting.mean for setting in found.values() if setting.values]
+    best = sweep.measured.best(means) if means else None
     for setting in found.values():
         setting.best = len(found) > 1 and setting.mean == best
     return list(found.values())
@@ -76,7 +78,7 @@ def table(sweep: Sweep) -> Table:
         if not keys:
             chosen = [",".join(point.choices.get(SEED, "–") for point in setting.points)]
         done, count = len(setting.values), len(setting.points)
-        told = [spread(setting, sweep.metric), str(done) if done == count else f"{done} of {count}"]
+        told = [spread(setting, sweep.measured), str(done) if done == count else f"{done} of {count}"]
         note = ", ".join(filter(None, ["best" if setting.best else "", setting.note]))
         rows[words(setting.choices)] = [Cell(text, setting.best) for text in [*chosen, *told, note]]
     caption = ["Mean ± standard deviation over n seeds."] if SEED in sweep.swept else []
@@ -145,12 +147,12 @@ def scale(values: Sequence[str]) -> tuple[list[float], bool] | None:
     return known, min(known) > 0 and max(known) / min(known) > LOG_FROM
 
 
-def spread(setting: Setting, metric: str) -> str:
+def spread(setting: Setting, metric: Metric) -> str:
     """The mean of a setting, with its spread if there is one."""
     if not setting.values:
         return "–"
-    text = number(setting.mean, metric, digits=4)
-    return text if math.isnan(setting.std) else f"{text} ± {number(setting.std, metric)}"
+    text = metric.text(setting.mean)
+    return text if math.isnan(setting.std) else f"{text} ± {metric.text(setting.std, digits=3)}"
 
 
 def short(value: str) -> str:

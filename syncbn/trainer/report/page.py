@@ -19,12 +19,11 @@ from markupsafe import Markup
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.report import comparison, plots
 from syncbn.trainer.report.sweep_plot import drawn_along
-from syncbn.trainer.report.tables import duration, facts, number, setting, worst_layers
+from syncbn.trainer.report.tables import duration, facts, setting, worst_layers
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_all
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
-CURVES_FIRST = ("loss", "accuracy")
 
 
 @dataclass
@@ -77,7 +76,8 @@ def runs_page(runs: Sequence[Run]) -> str:
 def sweep_page(name: str, sweep: sweep_folder.Sweep) -> str:
     """The report of a sweep as HTML: every setting and point, and the metric along each swept key."""
     ids = (f"s{i}" for i in count())
-    ran = sorted(sweep.points, key=lambda point: math.inf if point.objective is None else -point.objective)
+    sign = -1 if sweep.better == "more" else 1
+    ran = sorted(sweep.points, key=lambda point: math.inf if point.objective is None else sign * point.objective)
     return _rendered(
         "sweep.html.jinja",
         sources=sweep_folder.NAME,
@@ -167,7 +167,7 @@ def _told(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any
     return {
         "choices": [comparison.short(point.choices.get(key, "–")) for key in sweep.swept],
         "state": point.state,
-        "value": "–" if point.objective is None else number(point.objective, sweep.metric, digits=4),
+        "value": "–" if point.objective is None else sweep.measured.text(point.objective),
         "time": "–" if point.took_s is None else duration(point.took_s),
         "link": point.run and f"../{quote(point.run)}/report.html" if point.done else None,
     }
@@ -180,7 +180,7 @@ def _along(sweep: sweep_folder.Sweep, ids: Iterator[str]) -> Iterator[dict[str, 
         if len({value for line in lines for value in line.along}) < 2:
             continue
         numbers, log = comparison.scale([value for line in lines for value in line.along]) or (None, False)
-        percent = sweep.metric.endswith("accuracy")
+        percent = sweep.measured.unit == "%"
         drawn = [vars(line) for line in lines]
         title = f"{sweep.metric} along {key}"
         figure = drawn_along(drawn, title=title, key=key, numbers=numbers, log=log, percent=percent)
@@ -208,8 +208,12 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
     """A figure for each metric: of one run with training and evaluation together, of several each by itself."""
     keys = {key for run in runs for key in run.points if key.startswith(("train/", "eval/"))}
     names = {key.partition("/")[2].removeprefix("recalibrated_") for key in keys}.difference(NOT_LEARNT)
-    for name in sorted(names, key=lambda n: (CURVES_FIRST.index(n) if n in CURVES_FIRST else len(CURVES_FIRST), n)):
-        title, percent = name.replace("_", " "), name.endswith("accuracy")
+    metrics = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
+    first = [name for name in metrics if name in names]
+    for name in [*first, *sorted(names.difference(first))]:
+        unit = metrics[name].unit if name in metrics else ""
+        percent = unit == "%"
+        title = name.replace("_", " ") + (f", {unit}" if unit and not percent else "")
         parts = {"train": f"train/{name}", "eval": f"eval/{name}", "recalibrated": f"eval/recalibrated_{name}"}
         parts = {part: key for part, key in parts.items() if key in keys}
         if len(runs) == 1:

@@ -5,9 +5,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
+from syncbn.trainer.runs.metric import Metric, in_digits, metric_of
 from syncbn.trainer.runs.reader import Points, Run
 
 MOST_LAYERS = 12  # in the table of the worst
@@ -51,14 +53,14 @@ def facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
         "norm": [_cell(f"{c.get('norm.name', '?')}{', fused' if c.get('norm.fuse') else ''}") for c in config],
         "ranks × images": [_cell(_batch(run)) for run in runs],
     }
-    for name in _evaluated(runs):
-        rows[f"eval {_words(name)}"] = _compared([_last(run, name) for run in runs], name)
-        if _better(name) is max and not name.startswith("recalibrated"):
-            rows[f"best {_words(name)}"] = [_cell(_best(run.points.get(f"eval/{name}", {}), name)) for run in runs]
+    for name, metric in _evaluated(runs):
+        rows[f"eval {_words(name)}"] = _compared([_last(run, name) for run in runs], metric)
+        if metric and metric.headline and not name.startswith("recalibrated"):
+            rows[f"best {_words(name)}"] = [_cell(_best(run.points.get(f"eval/{name}", {}), metric)) for run in runs]
     speeds = [run.points.get("train/images_per_s", {}).values() for run in runs]
     rows |= {
         "steps": [_cell(f"{run.last_step:,}") for run in runs],
-        "images/s, median": _compared([median(speed) if speed else None for speed in speeds], "images_per_s"),
+        "images/s, median": _compared([median(speed) if speed else None for speed in speeds], Metric("images_per_s")),
         "time": [_cell(_time(run)) for run in runs],
     }
     return {name: cells for name, cells in rows.items() if any(cell.text != "–" for cell in cells)}
@@ -86,13 +88,6 @@ def worst_layers(run: Run) -> Table | None:
     return Table(list(columns), rows, caption)
 
 
-def number(value: float, name: str = "", digits: int = 3) -> str:
-    """A figure as a person reads it: accuracies are shares."""
-    if name.endswith("accuracy"):
-        return f"{value:.2%}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
-
-
 def duration(seconds: float) -> str:
     """A time as a person reads it."""
     minutes, hours = seconds / 60, seconds / 3600
@@ -110,25 +105,21 @@ def _cell(text: Any) -> Cell:
     return Cell("–" if text is None else str(text))
 
 
-def _compared(values: Sequence[float | None], name: str) -> list[Cell]:
+def _compared(values: Sequence[float | None], metric: Metric | None) -> list[Cell]:
     """A row of numbers, the best in bold if there is something to choose."""
     known = [v for v in values if v is not None and math.isfinite(v)]
-    better = _better(name)
-    best = better(known) if better and len(set(known)) > 1 else None
-    return [_cell(None) if v is None else Cell(number(v, name, digits=4), v == best) for v in values]
+    best = metric.best(known) if metric and len(set(known)) > 1 else None
+    text = metric.text if metric else partial(in_digits, digits=4)
+    return [_cell(None) if v is None else Cell(text(v), v == best) for v in values]
 
 
-def _better(name: str) -> Callable[..., float] | None:
-    if name.endswith("loss"):
-        return min
-    return max if name.endswith(("accuracy", "images_per_s")) else None
-
-
-def _evaluated(runs: Sequence[Run]) -> list[str]:
-    counts = ("images", "skipped_images")
+def _evaluated(runs: Sequence[Run]) -> list[tuple[str, Metric | None]]:
+    """What evaluations wrote, the headline first, each with how it is read."""
+    metrics = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
     keys = dict.fromkeys(key for run in runs for key in run.points if key.startswith("eval/"))
-    names = [key.removeprefix("eval/") for key in keys]
-    return sorted((name for name in names if name not in counts), key=lambda name: not name.endswith("accuracy"))
+    known = [(key.removeprefix("eval/"), metric_of(key, [*metrics.values()])) for key in keys]
+    shown = [(name, metric) for name, metric in known if name not in ("images", "skipped_images")]
+    return sorted(shown, key=lambda each: not (each[1] and each[1].headline))
 
 
 def _last(run: Run, name: str) -> float | None:
@@ -136,13 +127,13 @@ def _last(run: Run, name: str) -> float | None:
     return points[max(points)] if points else None
 
 
-def _best(points: Points, name: str) -> str | None:
+def _best(points: Points, metric: Metric) -> str | None:
     known = {step: value for step, value in points.items() if math.isfinite(value)}
-    better = _better(name)
-    if not known or not better:
+    if not known:
         return None
-    step = better(known, key=known.__getitem__)
-    return f"{number(known[int(step)], name)}, step {step:,}"
+    best = metric.best(known.values())
+    step = next(step for step, value in known.items() if value == best)
+    return f"{metric.text(best)}, step {step:,}"
 
 
 def _state(run: Run) -> str:
@@ -176,7 +167,7 @@ def _settled(points: Points) -> float:
 def _column(values: dict[str, float], layers: Sequence[str], worse: Callable[..., float]) -> list[Cell]:
     known = [v for v in values.values() if math.isfinite(v)]
     worst = worse(known) if len(set(known)) > 1 else None
-    return [Cell(number(values[x]), values[x] == worst) if x in values else _cell(None) for x in layers]
+    return [Cell(in_digits(values[x]), values[x] == worst) if x in values else _cell(None) for x in layers]
 
 
 def _farthest(ranks: list[float] | None) -> Cell:
@@ -184,7 +175,7 @@ def _farthest(ranks: list[float] | None) -> Cell:
     if not known:
         return _cell(None)
     rank = max(known, key=known.__getitem__)
-    return _cell(f"rank {rank}: {number(known[rank])}")
+    return _cell(f"rank {rank}: {in_digits(known[rank])}")
 
 
 def _names(text: str, layer: str) -> bool:

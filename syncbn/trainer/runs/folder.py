@@ -1,10 +1,11 @@
 """One run, one folder: its name, who may write to it, and where things lie in it."""
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock, status_file
+from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (
@@ -60,6 +62,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
+        self.metric_names = self.path / "metric_names.json"
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
@@ -107,6 +110,20 @@ class RunFolder:
                 entry.unlink()
         self.checkpoints.mkdir()
         self.logs.mkdir(exist_ok=True)
+
+    def name_metrics(self, metrics: Sequence[Metric]) -> None:
+        """Write down how people read the metrics of the run. Raises OSError."""
+        text = json.dumps([asdict(metric) for metric in metrics], indent=1) + "\n"
+        if not self.metric_names.is_file() or self.metric_names.read_text() != text:
+            with put(self.metric_names) as file:
+                file.write(text.encode())
+
+    def named_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that were written down; those of classification where none were."""
+        try:
+            return tuple(Metric(**metric) for metric in json.loads(self.metric_names.read_text()))
+        except (OSError, ValueError, TypeError):
+            return CLASSIFICATION
 
     def go_on(self) -> None:
         """Remove what a process was writing when it was killed: another may never write that file."""

@@ -13,6 +13,7 @@ import yaml
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.folder import RunConfig, RunFolder, flat
+from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
 
 NUMBER = re.compile(r"(?<![\w.])(?<!rank )(?<!at )-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
@@ -52,7 +53,7 @@ class Run:
     """A run as its files have it.
 
     config: config.yaml, keys joined by dots. lines: metrics.jsonl. result: result.json; none if the run still goes or
-    died. notes: what could not be read.
+    died. notes: what could not be read. metrics: how people read the run's own figures.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Run:
     result: dict[str, Any] | None
     notes: list[str]
     source: str  # config.yaml, as it was written
+    metrics: tuple[Metric, ...] = CLASSIFICATION
 
     @property
     def last_step(self) -> int:
@@ -142,7 +144,7 @@ def read(folder: Path, label: str | None = None) -> Run:
         raise UserError(f"{folder / files.config.name} is no config: the file is damaged, leave this run out") from None
     lines, notes = _lines(files.metrics)
     result, damaged = _result(files.result)
-    return Run(label or where.name, flat(config), lines, result, notes + damaged, source)
+    return Run(label or where.name, flat(config), lines, result, notes + damaged, source, files.named_metrics())
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:

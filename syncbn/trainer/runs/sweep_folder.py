@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from syncbn.trainer.errors import PREEMPTED, USER_ERROR, UserError, one_line
 from syncbn.trainer.files import put
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs.folder import digest
+from syncbn.trainer.runs.metric import Metric
 
 NAME = "sweep.json"
 SEED = "seed"  # points that differ in it alone are one setting, tried several times
@@ -48,7 +49,7 @@ class Sweep:
     """A sweep.
 
     swept: keys, in the command's order. total: how many points there are to be; none: not known. metric: what the
-    objective is; more is better. began: when it was started the last time, in seconds since 1970.
+    objective is. began: when it was started the last time, in seconds since 1970.
     """
 
     swept: list[str]
@@ -56,6 +57,14 @@ class Sweep:
     metric: str
     began: float
     points: list[Point] = field(default_factory=list)
+    unit: str | None = None  # of the metric; none: of before 2026-11-28, when a share was told by its name
+    better: Literal["more", "less"] = "more"
+
+    @property
+    def measured(self) -> Metric:
+        """The metric, as people read it."""
+        unit = ("%" if self.metric == "accuracy" else "") if self.unit is None else self.unit
+        return Metric(self.metric, unit, self.better, headline=True)
 
     def place(self, choices: Mapping[str, str]) -> int | None:
         """The index of the point with the choices."""

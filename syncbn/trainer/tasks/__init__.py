@@ -1,47 +1,25 @@
-"""What is learnt: a task owns the loss and the metrics, the loop owns the steps."""
+"""What is learnt, by name: a task is one file, and all that the rest of the trainer knows of it is here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from importlib import import_module
+from typing import Any
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.tasks.classify import Classify
+from syncbn.trainer.tasks.task import Loss, Sums, Task
 
-Sums = dict[str, Tensor]
-"""Totals over samples, [] each: they add up over batches and ranks."""
-
-
-class Task(Protocol):
-    objective: str  # the metric that says how good a run is; more is better
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Sums]:
-        """The training loss [], a mean over this rank's batch, and sums for the metrics."""
-        ...
-
-    def evaluate(self, model: nn.Module, batch: Any) -> Sums:
-        """The sums of a batch in eval."""
-        ...
-
-    def sums(self) -> tuple[str, ...]:
-        """The names of the sums, the same on every rank even if it has no sample."""
-        ...
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """The metrics of summed sums."""
-        ...
+__all__ = ["TASKS", "Loss", "Sums", "Task", "TaskConfig", "build"]
 
 
 @dataclass
 class TaskConfig:
-    name: str = "classify"
+    name: str = "classify"  # or your own: package.module:builder
     mode: str = "train"  # train; or evaluate, by task=evaluate: the figures of checkpoint=PATH and no more
     label_smoothing: float = 0.0  # share of a label spread over all classes (Szegedy et al. 2016)
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise UserError(f"task={self.name}: choose one of {', '.join(TASKS)}")
+        if self.name not in TASKS and ":" not in self.name:
+            raise UserError(f"task={self.name}: choose one of {', '.join(TASKS)}, or your own, package.module:builder")
         if self.mode not in ("train", "evaluate"):
             raise UserError(f"task.mode={self.mode}: choose one of train, evaluate")
         if not 0 <= self.label_smoothing < 1:
@@ -49,10 +27,20 @@ class TaskConfig:
 
 
 def build(config: TaskConfig, classes: int | None = None) -> Task:
-    """classes: of the data; None: as many as the model has scores for."""
-    return TASKS[config.name](config, classes)
+    """The task of the config. classes: of the data; None: not known, where only names are asked for.
+
+    Raises UserError for package.module:builder that cannot be imported; builder(config, classes) returns the task.
+    """
+    if config.name in TASKS:
+        return TASKS[config.name](config, classes)
+    module, _, builder = config.name.partition(":")
+    try:
+        build_own = getattr(import_module(module), builder)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"task.name={config.name}: {error}; it must be package.module:builder, importable from here"
+        ) from error
+    return build_own(config, classes)
 
 
-TASKS: dict[str, Callable[[TaskConfig, int | None], Task]] = {
-    "classify": lambda config, classes: Classify(config.label_smoothing, classes)
-}
+TASKS: dict[str, Any] = {"classify": lambda config, classes: Classify(config.label_smoothing, classes)}

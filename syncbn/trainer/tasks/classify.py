@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs.metric import CLASSIFICATION
+from syncbn.trainer.tasks.task import Loss, Sums
 
 NAMES = ("logits", "out")  # that models give their scores in an output of several
 
@@ -20,28 +22,29 @@ class Classify:
     classes: the scores that a model is to give each image; None: any number.
     """
 
-    objective = "accuracy"
+    weighs = "images"
+    metrics = CLASSIFICATION
+    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"loss": (), "correct": (), "samples": ()}
 
     def __init__(self, label_smoothing: float = 0.0, classes: int | None = None):
         self.label_smoothing, self.classes = label_smoothing, classes
+        self.outputs = classes
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
         scores = self._scores(model, batch)
         total = F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
-        return total / max(1, len(scores)), self._sums(scores, batch.labels, total)
+        sums = self._sums(scores, batch.labels, total)
+        return Loss(total, sums["samples"], sums)
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         scores = self._scores(model, batch)
         # Each image rounded alone and added up in float64: the same total for any share of the images
         losses = F.cross_entropy(scores, batch.labels, reduction="none").double()
         return self._sums(scores, batch.labels, losses.sum())
 
-    def sums(self) -> tuple[str, ...]:
-        return "loss", "correct", "samples"
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        samples = max(1.0, sums["samples"])
-        return {"loss": sums["loss"] / samples, "accuracy": sums["correct"] / samples}
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        samples = sums["samples"].clamp(min=1)
+        return {"loss": float(sums["loss"] / samples), "accuracy": float(sums["correct"] / samples)}
 
     def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
         try:

@@ -36,16 +36,21 @@ class Guard:
         self.good = torch.zeros((), device=device)  # steps since the scale changed
         self.scale = torch.full((), HIGHEST if scaled else 1.0, device=device)
 
-    def backward(self, loss: Tensor, weight: float) -> None:
-        """Add the gradient of weight · loss; of a loss that is not finite, nan."""
+    def backward(self, loss: Tensor, times: float) -> None:
+        """Add the gradient of times · loss; of a loss that is not finite, nan."""
         # 0 times nan or inf is nan
-        loss.backward(loss.detach() * 0 + weight * self.scale)
+        loss.backward((loss.detach() * 0 + self.scale) * times)
 
-    def step(self, clip_norm: float = 0.0) -> Tensor:
-        """Step the optimiser, unless the step is bad: whether it was, [] bool. clip_norm: of the gradient; 0: any."""
+    def step(self, clip_norm: float = 0.0, times: Tensor | None = None) -> Tensor:
+        """Step the optimiser, unless the step is bad: whether it was, [] bool.
+
+        clip_norm: largest norm of the gradient; 0: any. times: [], what the gradient is to be multiplied by; None: 1.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaled:
             torch._foreach_div_(gradients, self.scale)  # pyright: ignore[reportPrivateImportUsage]
+        if times is not None:
+            torch._foreach_mul_(gradients, times)  # pyright: ignore[reportPrivateImportUsage]
         norm = nn.utils.get_total_norm(gradients)
         if clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from syncbn.trainer.data import Batch
+from syncbn.trainer.data.structure import mapped, tensors
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.tasks import Sums
 
-Done = tuple[Tensor, list[tuple[Sums, int]]]
-"""What an optimiser step leaves to be read: whether it was bad, [] bool, and of each batch the sums and the images that
-it did without."""
+Done = tuple[Tensor, list[tuple[Sums, int, int]]]
+"""What an optimiser step leaves to be read: whether it was bad, [] bool, and of each batch the sums, the images, and
+those that it did without."""
 
 Step = Callable[[Iterable[Batch]], Done]
 Capture = Callable[[Callable[[], Done]], Callable[[], Done]]
@@ -72,9 +73,10 @@ class Captured:
             return self.step(batches)
         if not self.batches:
             batches = list(batches)
-            self.batches = [Batch(torch.empty_like(b.images), torch.empty_like(b.labels)) for b in batches]
+            self.batches = [mapped(torch.empty_like, batch) for batch in batches]
             # float32, as the fused optimisers read it
-            self.rates = [torch.empty((), device=batches[0].images.device) for _ in self.optimizer.param_groups]
+            device = next(tensor.device for _, tensor in tensors(self.batches))
+            self.rates = [torch.empty((), device=device) for _ in self.optimizer.param_groups]
         self._fill(batches)
         if self.replay is None:
             self.replay = self._record()
@@ -82,8 +84,8 @@ class Captured:
 
     def _fill(self, batches: Iterable[Batch]) -> None:
         for kept, batch in zip(self.batches, batches, strict=True):
-            _copy("images", batch.images, kept.images)
-            _copy("labels", batch.labels, kept.labels)
+            for (name, tensor), (_, into) in zip(tensors(batch), tensors(kept), strict=True):
+                _copy(name, tensor, into)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
 

@@ -1,7 +1,7 @@
 """Drift of the ranks' statistics, as the trainer measures and tells it; the measuring is syncbn.DriftMonitor's."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -104,12 +104,16 @@ KINDS = ("buffers diverged", "shards differ", "running statistics lag", "batch t
 
 
 def recalibrated(
-    model: nn.Module, batches: Iterable[Batch], autocast: AbstractContextManager
+    model: nn.Module,
+    batches: Iterable[Batch],
+    autocast: AbstractContextManager,
+    forward: Callable[[nn.Module, Batch], Any] = lambda model, batch: model(batch.images),
 ) -> tuple[nn.Module, dict[str, float]] | None:
     """A copy of the model with the statistics of these batches of all ranks, and what the model's own miss, in nats.
 
     The latter is drift/<layer>/gap, the mean over channels of KL(N(running_mean, running_var) ‖ N(mean, var)).
-    Collective. None, on every rank, if no layer of the model moves running statistics in training.
+    forward: runs the model on a batch. Collective. None, on every rank, if no layer of the model moves running
+    statistics in training.
 
     Source: Wu & Johnson 2021, arXiv:2105.07576 (PreciseBN).
     """
@@ -117,7 +121,7 @@ def recalibrated(
     if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in exact.modules()):
         return None
     with autocast:
-        population = syncbn.recalibrate(exact, batches, forward=lambda net, batch: net(batch.images))
+        population = syncbn.recalibrate(exact, batches, forward=forward)
     own: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     gaps = {}
     for name, moments in population.items():

@@ -42,18 +42,18 @@ def evaluate(
     """
     model.eval()
     world.copy_from_rank_0(list(model.buffers()))
-    totals = Totals(task.sums(), world)
+    totals = Totals(task.shapes, world)
     batches_left = iter(batches)
     for _ in range(batches.most):
         for batch in islice(batches_left, 1):
             with autocast(config, world):
                 sums = task.evaluate(model, batch)
-            totals.add(sums, batch.skipped)
+            totals.add(sums, batch.samples, batch.skipped)
         if stop and stop.asked():
             raise Preempted
-    sums = totals.reduce()
-    figures = {f"eval/{name}": value for name, value in task.metrics(sums).items()}
-    return {**figures, "eval/images": sums["samples"], "eval/skipped_images": sums["skipped"]}
+    reduced = totals.reduce()
+    figures = {f"eval/{name}": value for name, value in task.figures(reduced.sums).items()}
+    return {**figures, "eval/images": reduced.images, "eval/skipped_images": reduced.skipped}
 
 
 def evaluate_recalibrated(
@@ -70,7 +70,7 @@ def evaluate_recalibrated(
 
     What the metrics differ by, the running statistics cost. Empty, if the model has none that move. Collective.
     """
-    recalibrated = drift.recalibrated(model, islice(data.sample, recalibrate), autocast(config, world))
+    recalibrated = drift.recalibrated(model, islice(data.sample, recalibrate), autocast(config, world), task.evaluate)
     if recalibrated is None:
         return {}
     model, gaps = recalibrated

@@ -7,9 +7,12 @@ from functools import partial
 from itertools import islice
 from typing import Protocol
 
+import torch
+
 from syncbn import Reading
 from syncbn.trainer.data import Batch, Batches
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs.metric import headline
 from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
 from syncbn.trainer.training.evaluation import autocast, evaluate_all
 from syncbn.trainer.training.options import TrainConfig
@@ -75,8 +78,8 @@ def fit(
             if at_end:
                 return training.figures
             bad, parts = take_step(islice(batches, config.accumulate))
-            for sums, skipped in parts:
-                training.totals.add(sums, skipped, bad)
+            for sums, images, skipped in parts:
+                training.totals.add(sums, images, skipped, bad)
             training.totals.add_step(bad)
             training.schedule.step()
             training.step += 1
@@ -108,8 +111,8 @@ def settle_buckets(training: Training, config: TrainConfig, world: World) -> Non
     """
     for batch in islice(training.data.sample, 1):
         with autocast(config, world):
-            loss, _ = training.task.loss(training.model, batch)
-        loss.backward()
+            loss = training.task.loss(training.model, batch)
+        loss.total.backward()
     training.optimizer.zero_grad()
 
 
@@ -118,14 +121,21 @@ def optimiser_step(training: Training, config: TrainConfig, world: World, batche
 
     It reads nothing back from the device and keeps no number of its own, so that it can be captured as a CUDA graph.
     """
-    model, guard, parts = training.model, training.guard, []
+    model, guard, task, parts, weights = training.model, training.guard, training.task, [], []
+    images = training.data.global_batch * config.accumulate  # of all ranks, if none is broken
     for micro, batch in enumerate(batches, start=1):
         with model.no_sync() if micro < config.accumulate else nullcontext():
             with autocast(config, world):
-                loss, sums = training.task.loss(model, batch)
-            guard.backward(loss, weight=training.data.share / config.accumulate)
-        parts.append((sums, batch.skipped))
-    bad = guard.step(config.clip_norm)
+                loss = task.loss(model, batch)
+            # DDP takes the mean over ranks
+            guard.backward(loss.total, times=world.size / images)
+        weights.append(loss.weight)
+        parts.append((loss.sums, batch.samples, batch.skipped))
+    times = None
+    if task.weighs != "images" or training.data.skips:
+        weight = world.sum(torch.stack(weights).double().sum())
+        times = torch.where(weight > 0, images / weight, 0.0)
+    bad = guard.step(config.clip_norm, times)
     training.optimizer.zero_grad()
     if training.average:
         training.average.update_parameters(model.module)
@@ -137,23 +147,23 @@ def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str
 
     Raises BadSteps, on every rank.
     """
-    sums = training.totals.reduce()
+    reduced = training.totals.reduce()
     in_a_row = int(training.guard.in_a_row)
     if in_a_row > config.max_bad_steps:
         raise BadSteps(training.step - in_a_row + 1, training.step)
     elapsed_s, waited_s = batches.restart_clock()
-    images = sums["steps"] * config.accumulate * training.data.global_batch - sums["skipped"]
-    learnt = training.task.metrics(sums) if sums["bad_steps"] < sums["steps"] else {}
+    images = reduced.steps * config.accumulate * training.data.global_batch - reduced.skipped
+    learnt = training.task.figures(reduced.sums) if reduced.bad_steps < reduced.steps else {}
     figures = {f"train/{name}": value for name, value in learnt.items()}
     return {
         "epoch": training.epoch,
         **figures,
         "train/lr": training.optimizer.param_groups[0]["lr"],
         "train/images_per_s": images / elapsed_s,
-        "train/step_ms": 1000 * elapsed_s / sums["steps"],
+        "train/step_ms": 1000 * elapsed_s / reduced.steps,
         "train/data_wait_share": waited_s / elapsed_s,
-        "train/skipped_images": sums["skipped"],
-        "train/bad_steps": sums["bad_steps"],
+        "train/skipped_images": reduced.skipped,
+        "train/bad_steps": reduced.bad_steps,
     }
 
 
@@ -182,9 +192,10 @@ def finish_evaluation(
     finally:
         training.model.train()
     training.figures, training.evaluated = figures, training.step
-    objective = figures[f"eval/{task.objective}"]
-    best = training.best is None or objective > training.best
-    training.best = objective if best else training.best
+    judged_by = headline(task.metrics)
+    value = figures[f"eval/{judged_by.name}"]
+    best = judged_by.improves(value, on=training.best)
+    training.best = value if best else training.best
     if observer:
         observer.log(training.step, {"epoch": training.epoch, **figures})
     save(training, keeper, best=best)

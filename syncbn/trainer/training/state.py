@@ -132,8 +132,9 @@ def best_weights(state: State) -> dict[str, Tensor]:
 def _merged(totals: list[State], rank: int) -> State:
     """What some other number of ranks has added: all of it on rank 0, and nothing on the others."""
     values = torch.stack([one["values"] for one in totals]).sum(0)
-    whole = {**totals[0], "values": values, "skipped": sum(one["skipped"] for one in totals)}
-    return whole if rank == 0 else {**whole, "values": torch.zeros_like(values), "skipped": 0}
+    counts = {name: sum(one.get(name, 0) for one in totals) for name in ("images", "skipped")}
+    whole = {**totals[0], "values": values, **counts}
+    return whole if rank == 0 else {**whole, "values": torch.zeros_like(values), "images": 0, "skipped": 0}
 
 
 def seed_generators(seed: int) -> None:

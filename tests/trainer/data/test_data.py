@@ -120,14 +120,14 @@ def test_a_run_keeps_its_steps_on_another_number_of_ranks(size):
             assert torch.equal(getattr(whole[2 + step], field), torch.cat(shares)), field
 
 
-def test_shares_weigh_the_ranks_means_to_the_mean_over_the_global_batch():
+def test_a_global_batch_is_told_to_be_even_or_not():
     config = DataConfig(batch_per_rank=4)
-    for size, want in ((2, [1.0, 1.0]), (3, [0.75, 0.75, 1.5]), (6, [1.5] * 4 + [0.0] * 2)):
+    for size, want in ((2, {True}), (3, {False}), (6, {False})):
         built = [data.build(config, World(rank, size, CPU), seed=0, global_batch=8) for rank in range(size)]
-        assert [rank.share for rank in built] == want
+        assert {rank.even for rank in built} == want
         assert {rank.global_batch for rank in built} == {8}
     alone = data.build(config, World(1, 3, CPU), seed=0)
-    assert (alone.global_batch, alone.share) == (12, 1.0)
+    assert (alone.global_batch, alone.even) == (12, True)
 
 
 def test_a_rank_without_images_has_an_empty_batch_of_their_shape():

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from syncbn import Verdict
 from syncbn.trainer.display.screen import Screen
+from syncbn.trainer.runs.metric import CLASSIFICATION
 
 WINDOW = {
     "epoch": 0.5,
@@ -28,7 +29,7 @@ EVALUATED = {"epoch": 1.0, "eval/loss": 0.5, "eval/accuracy": 0.75}
 
 def shown(terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
-    screen = Screen(40, console)
+    screen = Screen(40, console, CLASSIFICATION)
     screen.start()
     for step, figures in ((30, WINDOW), (40, LATER), (40, EVALUATED)):
         screen.log(step, figures)
@@ -47,7 +48,7 @@ def test_without_a_terminal_an_epoch_is_one_plain_line():
 
 def test_a_window_without_a_good_step_has_no_part_in_the_loss():
     console = Console(file=io.StringIO(), width=200, highlight=False, soft_wrap=True)
-    screen = Screen(40, console)
+    screen = Screen(40, console, CLASSIFICATION)
     bad = {name: value for name, value in LATER.items() if name not in ("train/loss", "train/accuracy")}
     for step, figures in ((20, WINDOW), (40, bad), (40, EVALUATED)):
         screen.log(step, figures)
@@ -81,7 +82,7 @@ SMALL = Verdict("batch too small", "batch too small (n_eff 6 at bn1): more", "bn
 @pytest.mark.parametrize("terminal", [True, False])
 def test_drift_is_told_when_it_begins_and_ends_and_stands_beside_the_bar(terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
-    screen = Screen(40, console)
+    screen = Screen(40, console, CLASSIFICATION)
     screen.start()
     beside = []
     for step, verdicts in (

@@ -16,6 +16,7 @@ from syncbn.trainer.job import launch
 from syncbn.trainer.report import comparison, page
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.runs import sweep_folder
+from syncbn.trainer.runs.metric import Metric
 from tests.trainer.sweeps import ROOT, main
 from tests.trainer.test_config import composed
 
@@ -290,7 +291,7 @@ def test_a_setting_is_the_mean_and_spread_of_its_seeds_that_are_finished():
         ("local", False, "1 not finite"),
         ("none", False, "not run"),
     ]
-    assert [comparison.spread(s, "accuracy") for s in told] == ["85.00% ± 7.07%", "70.00%", "–"]
+    assert [comparison.spread(s, Metric("accuracy", "%")) for s in told] == ["85.00% ± 7.07%", "70.00%", "–"]
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,9 @@ class Infinite(Classify):
     """A loss that is infinite while its gradient is not."""
 
     def loss(self, model, batch):
-        loss, sums = super().loss(model, batch)
-        return loss + (math.inf if model.module.now and model.module.kind == "loss" else 0), sums
+        loss = super().loss(model, batch)
+        infinite = model.module.now and model.module.kind == "loss"
+        return loss._replace(total=loss.total + (math.inf if infinite else 0))
 
 
 class Overflow(torch.autograd.Function):
@@ -154,7 +155,7 @@ def scales(bad_steps):
     model.weight = weight
     guard = Guard(model, optim.build(optim.OptimConfig(lr=0.5, scaling="none", momentum=0), model, 1), scaled=True)
     for bad in bad_steps:
-        guard.backward((weight * (math.inf if bad else 1)).sum(), weight=1.0)
+        guard.backward((weight * (math.inf if bad else 1)).sum(), times=1.0)
         guard.step()
         guard.optimizer.zero_grad()
         yield guard.scale.item(), weight.item()

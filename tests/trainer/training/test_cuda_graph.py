@@ -156,7 +156,7 @@ def warm(*, capture=tape):
 
     def step(batches):
         seen.extend(batches)
-        return torch.zeros((), dtype=torch.bool), [({"loss": b.images.sum()}, b.skipped) for b in batches]
+        return torch.zeros((), dtype=torch.bool), [({"loss": b.images.sum()}, b.samples, b.skipped) for b in batches]
 
     captured = Captured(step, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), capture)
     for _ in range(cuda_graph.WARM_UP):
@@ -194,7 +194,7 @@ def test_the_graph_reads_memory_of_its_own_in_the_layout_of_the_batches():
     kept = seen[-1].images
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert kept.data_ptr() != first.images.data_ptr()
-    _, [(sums, _)] = captured([first._replace(images=first.images + 1)])
+    _, [(sums, _, _)] = captured([first._replace(images=first.images + 1)])
     assert torch.equal(kept, first.images + 1)
     assert sums["loss"] == kept.sum()
 
