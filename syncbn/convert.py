@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,9 +211,9 @@ def _restore(name: str, layer: SyncBatchNorm) -> None:
     for ours in ("_origin", "_spec", "reduction", *OF_THIS_PROCESS):
         vars(layer).pop(ours, None)
     if isinstance(layer, nn.SyncBatchNorm):
-        group = process_group and process_group.group
-        layer.process_group = group if isinstance(group, ProcessGroup) else None
-        if layer.process_group is not group:
+        group, restored = process_group and process_group.group, cast(Any, layer)
+        restored.process_group = group if isinstance(group, ProcessGroup) else None
+        if restored.process_group is not group:
             warnings.warn(f"{name}: of its process_group a pickle kept the ranks alone, {group}: set it", stacklevel=3)
     if layer.weight is not None and layer.weight.dtype in (torch.float16, torch.bfloat16):
         for buffer in (layer.running_mean, layer.running_var):

@@ -202,6 +202,14 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(_ONE_IS_NONE)
         return mean, var
 
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks whose batches are one to this layer; None: this process alone.
+
+        Not for group={"samples": n} before its first batch, which decides. Collective the first time, as it forms the
+        group: every rank of the world must ask its layers in the same order.
+        """
+        return collectives.resolve(vars(self)["_spec"].key)
+
     def _process_group(self, x: Tensor) -> ProcessGroup | None:
         spec = vars(self)["_spec"]
         process_group = collectives.resolve(spec.key, x.size(0) if spec.by_samples and x.dim() else 0)

@@ -3,7 +3,7 @@
 import atexit
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,9 @@ def _agree(layers: dict[str, SyncBatchNorm]) -> str:
 def _form_groups(layers: Iterable[SyncBatchNorm]) -> None:
     """Here and now, in one order, as layers out of order would mistake each other's agreement for a message."""
     for layer in layers:
-        spec = vars(layer)["_spec"]
         # {"samples": n} has to see a batch first
-        if not spec.by_samples:
-            collectives.resolve(spec.key)
+        if not isinstance(layer.group, Mapping):
+            layer.process_group()
 
 
 class Witness:

@@ -265,7 +265,7 @@ class DriftMonitor:
         groups = []
         for layer, ran in zip(self._modules.values(), (sums.forwards > 0).tolist(), strict=True):
             synced = ran and isinstance(layer, SyncBatchNorm) and layer.running_mean is not None
-            group = collectives.resolve(vars(layer)["_spec"].key) if synced else None
+            group = layer.process_group() if synced else None
             groups.append(math.nan if group is None else float(collectives.ranks_of(group)[0]))
         return torch.tensor(groups, dtype=torch.float64)
 

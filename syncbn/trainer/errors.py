@@ -1,5 +1,7 @@
-"""How a run ends other than well: the one kind of error that is the user's to mend, and the exit codes."""
+"""How a run ends other than well: the one kind of error that is the user's to mend, exit codes, and signals."""
 
+import signal
+from collections.abc import Sequence
 from typing import Any
 
 FAILED = 1  # an error of another kind, or another rank was lost
@@ -7,6 +9,9 @@ USER_ERROR = 2  # something asked for cannot be done; one line on stderr says wh
 INCOMPLETE = 3  # trained to the end, but a file could not be written; one line says which
 PREEMPTED = 75  # asked to end by a signal, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
 FINAL = (USER_ERROR, INCOMPLETE, PREEMPTED)  # of ranks that another try would not change, or should not
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # ask a rank to save and end
 
 
 class UserError(Exception):
@@ -49,3 +54,13 @@ def one_line(text: str) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = LONGEST // 2 - 3
     return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more

@@ -16,10 +16,9 @@ from torch import nn
 import syncbn
 from syncbn.trainer import models, norms, tasks
 from syncbn.trainer.display.screen import Screen
-from syncbn.trainer.errors import USER_ERROR, UserError
+from syncbn.trainer.errors import USER_ERROR, UserError, first_line
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
-from syncbn.trainer.runs.checkpoint import first_line
 from syncbn.trainer.runs.metric import in_words
 from syncbn.trainer.training import resume
 from syncbn.trainer.training.state import State, best_weights

@@ -263,7 +263,7 @@ def outlived(rank, path, queue):
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
     layer, x = SyncBatchNorm(3), torch.randn(4, 3)
     layer(x)
-    first = collectives.resolve(vars(layer)["_spec"].key)
+    first = layer.process_group()
     dist.destroy_process_group()
     try:
         layer(x)
@@ -272,7 +272,7 @@ def outlived(rank, path, queue):
     layer.eval()(x)  # sends nothing, needs nobody
     dist.init_process_group("gloo", f"file://{path}-again", rank=rank, world_size=2)
     layer.train()(x)
-    assert collectives.resolve(vars(layer)["_spec"].key) is not first
+    assert layer.process_group() is not first
     queue.put(layer.num_batches_tracked.item())
     dist.destroy_process_group()
 

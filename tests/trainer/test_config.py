@@ -199,6 +199,14 @@ def test_a_momentum_is_a_number_a_word_or_none(word, momentum):
     assert config.from_yaml(config.to_yaml(built)) == built
 
 
+def test_a_key_that_is_newer_than_a_run_makes_no_other_run_of_it():
+    now = config.as_dict(composed("norm=sync"))
+    before = {**now, "norm": {key: value for key, value in now["norm"].items() if key != "reduction"}}
+    assert differences(before, now) == []
+    assert differences({**before, "seed": 1}, now) == ["seed 1 -> 0"]
+    assert differences({}, now)
+
+
 def test_a_group_of_samples_makes_another_run_by_another_name():
     one, other = (config.as_dict(composed(f"norm.group={{samples: {n}}}")) for n in (16, 32))
     assert differences(one, other) == ["norm.group.samples 16 -> 32"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from syncbn.trainer.data.sampler import Key, seed_of
-from syncbn.trainer.data.sources import Images, first_line
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.data.sources import Images
+from syncbn.trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from syncbn.trainer.data import pixels
 from syncbn.trainer.data.folders import train_and_eval
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from syncbn.trainer.data import DataConfig
@@ -239,7 +239,3 @@ def refuse_missing(config: "DataConfig") -> None:
         raise _no_archive(ARCHIVES[config.name], config, none)
     if config.name == "imagenet" and not root.is_dir():
         raise _no_imagenet(config, none)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

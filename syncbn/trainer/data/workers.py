@@ -17,10 +17,9 @@ from typing import Any
 from torch.distributed import DistError
 
 from syncbn.trainer import environment
-from syncbn.trainer.errors import FAILED, UserError
+from syncbn.trainer.errors import FAILED, STOP_SIGNALS, UserError
 
 # What launchers and schedulers end or warn a job with
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SHARED = "/dev/shm"
 LONGEST = 107 - len("/pymp-12345678/listener-12345678")  # what unix(7) has for a path, without multiprocessing's part
@@ -38,7 +37,7 @@ class HeedRankAlone:
         self.is_parent = multiprocessing.get_start_method() != "forkserver"
 
     def __call__(self, worker: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         Queue._on_queue_feeder_error = _send_the_error  # pyright: ignore[reportAttributeAccessIssue]
         # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
         if (scratch := environment.scratch()) and len(scratch) < LONGEST:
@@ -88,7 +87,7 @@ def no_shared_memory(error: BaseException) -> UserError | None:
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Keep the signals waiting while workers are started, which start with them blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ import torch
 from syncbn.trainer import environment, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.world import World
 
@@ -113,7 +113,7 @@ def _told_apart(values: Sequence[Trait]) -> list[str]:
 
 
 def _some(parts: Sequence[str]) -> str:
-    return " ".join(parts[:MOST] or ["nothing"]) + (f" and {len(parts) - MOST} more" if len(parts) > MOST else "")
+    return some(parts or ["nothing"], MOST, between=" ")
 
 
 @cache

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn.trainer import world
+from syncbn.trainer import norms, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data.workers import no_shared_memory
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.training.loop import BadSteps
 from syncbn.trainer.training.state import Training
 
@@ -72,10 +72,10 @@ def too_many_files(config: Config) -> UserError:
 
 def one_value(error: ValueError, training: Training, config: Config) -> UserError:
     """What to say where a norm was given one value per channel, of which there is no variance."""
-    norm, mends = config.norm.name, [f"raise data.batch_per_rank={config.data.batch_per_rank}"]
-    if norm == "instance":  # takes each image by itself, so more of them are no help
-        mends = []
-    elif norm in ("local", "torch", "ghost"):
+    norm, scope = config.norm.name, norms.NORMS[config.norm.name].scope
+    more_images = f"raise data.batch_per_rank={config.data.batch_per_rank}"
+    mends = [] if scope == "image" else [more_images]  # each image is taken by itself, so more are no help
+    if scope in ("rank", "sub-batch"):
         mends.append("take norm=sync, over all ranks")
     text = f"norm={norm} has one value per channel to take a variance of{at_layer(error, training.model.module)}"
     return UserError(
@@ -90,8 +90,8 @@ def unused(places: str, training: Training) -> UserError:
     trained = [name for name, parameter in training.model.module.named_parameters() if parameter.requires_grad]
     names = [trained[int(place)] for place in places.split()]
     return UserError(
-        f"{len(names)} of the model's parameters took no part in the loss of a step ({', '.join(names[:4])}"
-        f"{' ...' if len(names) > 4 else ''}): remove them, freeze them (requires_grad=False), or "
+        f"{len(names)} of the model's parameters took no part in the loss of a step ({some(names, 4)}): "
+        "remove them, freeze them (requires_grad=False), or "
         "train.find_unused_parameters=true, if it is meant so"
     )
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import NamedTuple, NoReturn
 
+from syncbn.trainer.errors import STOP_SIGNALS
+
 ROOM_FOR_TITLE = 200
 # What a process reads of its environment but once, as it begins: what the ranks are to have, unless the user has it
 ENVIRONMENT = {
@@ -143,7 +145,7 @@ def serve(connection: Connection) -> Request | None:
         connection.send((pid, None))
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _tell_of_ends(connection: Connection) -> None:

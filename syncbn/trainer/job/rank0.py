@@ -64,7 +64,8 @@ class Watch:
             self.screen.say(f"going on from step {training.step}")
         if config.norm.name != "local" and not parts.converted.changed:
             log.warning("norm=%s converted nothing: %s", config.norm.name, norms.nothing_converted(parts.model))
-        if config.norm.name == "frozen" and not config.model.weights and not training.step:
+        norm = norms.NORMS[config.norm.name]
+        if norm.scope == "none" and norm.running and not config.model.weights and not training.step:
             log.warning("norm=frozen without model.weights=: statistics that were never taken stay as they began")
         for line in parts.converted.told:
             log.warning("norm=%s: %s", config.norm.name, line)

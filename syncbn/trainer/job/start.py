@@ -8,14 +8,13 @@ from pathlib import Path
 
 from syncbn.trainer import environment
 from syncbn.trainer.config import Config, to_yaml
-from syncbn.trainer.errors import FINAL, USER_ERROR, Ended, RanksFailed
+from syncbn.trainer.errors import FINAL, STOP_SIGNALS, USER_ERROR, Ended, RanksFailed
 from syncbn.trainer.files import scratch
 from syncbn.trainer.job.rank import EXIT_CODE, REASON
 from syncbn.trainer.job.ranks import CAN_FORK, Ends, run_ranks
 from syncbn.trainer.runs import status_file
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.lock import now
-from syncbn.trainer.training.preemption import SIGNALS
 
 
 def start_ranks(config: Config) -> None:
@@ -77,7 +76,7 @@ def signals_to_pass_on() -> list[signal.Signals]:
     submitit answers some to queue a job again (and Slurm sends them to the job's ranks, too); nohup ignores SIGHUP.
     """
     own = (signal.SIG_DFL, signal.default_int_handler)
-    return [number for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(number) in own]
+    return [number for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(number) in own]
 
 
 def to_blame(

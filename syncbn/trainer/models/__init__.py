@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.models import weights
 from syncbn.trainer.models.residual import SmallResNet
 
@@ -49,7 +49,7 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
     if lazy := [name for name, tensor in tensors(model) if is_lazy(tensor)]:
         raise UserError(
             f"model.name={config.name} has lazy layers, which take their shapes from the first images "
-            f"({', '.join(lazy[:3])}{' ...' if len(lazy) > 3 else ''}): show it a batch of the images' shape in its "
+            f"({some(lazy, 3)}): show it a batch of the images' shape in its "
             "builder, model(torch.zeros(2, 3, 224, 224)) say, or take layers that are told their shapes"
         )
     if config.weights:

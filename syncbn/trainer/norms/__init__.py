@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from syncbn.trainer.norms.activated import EvoNormS0, FilterResponseNorm
 class NormConfig:
     name: str = "sync"  # sync, local, torch, group, layer, instance, batch_renorm, ghost, frozen, ...: see conf/norm
     group: Any = "world"  # ranks that form one batch: world, node, so many consecutive ones, or {samples: n}
+    reduction: str = "auto"  # how ranks add up: auto, all_reduce, gather (in the order of ranks), one_shot (GPUs)
     fuse: bool = False  # the layers also do the ReLU after them and the addition between
     momentum: int | float | str | None = None  # of running statistics; none: the model's; auto: docs/norms.md
     groups: int = 32  # groups of channels, at most: the largest number that divides them and leaves two in each
@@ -34,6 +35,8 @@ class NormConfig:
                 f"norm.group={self.group}: give world, node, a number of ranks, 1 or more, or {{samples: n}}, n 1 or "
                 "more, for the fewest ranks that hold so many images"
             )
+        if self.reduction not in get_args(syncbn.Reduction):
+            raise UserError(f"norm.reduction={self.reduction}: choose one of {', '.join(get_args(syncbn.Reduction))}")
         if not _is_momentum(self.momentum):
             raise UserError(f"norm.momentum={self.momentum}: give a number above 0 up to 1, auto, or null")
         for key in "groups", "sub_batch", "renorm_steps":
@@ -133,9 +136,10 @@ def momentum_of(config: NormConfig, place: Place) -> float | None:
 def images_of_a_batch(config: NormConfig, place: Place) -> float:
     """The images that a norm takes its statistics of, on average over ranks."""
     each, group = place.images / place.ranks, config.group
-    if config.name == "ghost":
+    scope = NORMS[config.name].scope
+    if scope == "sub-batch":
         return min(each, config.sub_batch)
-    if config.name not in ("sync", "torch", "batch_renorm"):
+    if scope != "group":
         return each
     if isinstance(group, Mapping):
         divisors = (k for k in range(1, place.ranks + 1) if place.ranks % k == 0)
@@ -173,18 +177,23 @@ class Norm(NamedTuple):
     """One word.
 
     convert: changes the model, in place where it can; what is to be told.
+    scope: what its statistics are taken over: the images of a group of ranks, of a rank, of a part of a rank's, one
+    image, or nothing.
     keys: of NormConfig, those that it has.
     running: its state is nn.BatchNorm's, with running statistics; a model with it is plain batch norm in eval.
     """
 
     convert: Callable[[nn.Module, NormConfig, Place], tuple[nn.Module, Iterable[str]]]
+    scope: Literal["group", "rank", "sub-batch", "image", "none"]
     keys: tuple[str, ...] = ()
     running: bool = False
 
 
 def _sync(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
     # That nothing was found is said once, by rank 0 (job/rank0.py)
-    return syncbn.convert(model, group=config.group, fuse=config.fuse, report=lambda _: None), ()
+    reduction: Any = config.reduction
+    model = syncbn.convert(model, group=config.group, reduction=reduction, fuse=config.fuse, report=lambda _: None)
+    return model, ()
 
 
 def _local(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module, Iterable[str]]:
@@ -238,17 +247,28 @@ def _frn(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module,
 
 
 NORMS = {
-    "sync": Norm(_sync, ("group", "fuse", "momentum"), running=True),  # Peng et al. 2018, arXiv:1711.07240
-    "local": Norm(_local, ("momentum",), running=True),  # Ioffe & Szegedy 2015, arXiv:1502.03167
-    "torch": Norm(_torch, ("momentum",), running=True),
-    "group": Norm(_each(_group), ("groups",)),  # Wu & He 2018, arXiv:1803.08494
-    "layer": Norm(_each(lambda layer, _: nn.GroupNorm(1, layer.num_features, affine=False))),  # Ba 2016, 1607.06450
-    "instance": Norm(_each(lambda layer, _: sample.InstanceNorm(layer.num_features))),  # Ulyanov 2016, 1607.08022
-    "batch_renorm": Norm(_batch_renorm, ("group", "momentum", "renorm_steps"), running=True),  # Ioffe 2017, 1702.03275
-    "ghost": Norm(_ghost, ("sub_batch", "momentum"), running=True),  # Hoffer et al. 2017, arXiv:1705.08741
-    "frozen": Norm(_frozen, running=True),
-    "ws_group": Norm(_ws_group, ("groups",)),  # Qiao et al. 2019, arXiv:1903.10520
-    "evonorm_s0": Norm(_evonorm_s0, ("groups",)),  # Liu et al. 2020, arXiv:2004.02967
-    "frn": Norm(_frn),  # Singh & Krishnan 2020, arXiv:1911.09737
-    "none": Norm(_each(lambda layer, _: sample.Scale())),  # as Fixup's and SkipInit's baselines, 1901.09321, 2002.10444
+    # Peng et al. 2018, arXiv:1711.07240
+    "sync": Norm(_sync, "group", ("group", "reduction", "fuse", "momentum"), running=True),
+    # Ioffe & Szegedy 2015, arXiv:1502.03167
+    "local": Norm(_local, "rank", ("momentum",), running=True),
+    "torch": Norm(_torch, "group", ("momentum",), running=True),
+    # Wu & He 2018, arXiv:1803.08494
+    "group": Norm(_each(_group), "image", ("groups",)),
+    # Ba et al. 2016, arXiv:1607.06450
+    "layer": Norm(_each(lambda layer, _: nn.GroupNorm(1, layer.num_features, affine=False)), "image"),
+    # Ulyanov et al. 2016, arXiv:1607.08022
+    "instance": Norm(_each(lambda layer, _: sample.InstanceNorm(layer.num_features)), "image"),
+    # Ioffe 2017, arXiv:1702.03275
+    "batch_renorm": Norm(_batch_renorm, "group", ("group", "momentum", "renorm_steps"), running=True),
+    # Hoffer et al. 2017, arXiv:1705.08741
+    "ghost": Norm(_ghost, "sub-batch", ("sub_batch", "momentum"), running=True),
+    "frozen": Norm(_frozen, "none", running=True),
+    # Qiao et al. 2019, arXiv:1903.10520
+    "ws_group": Norm(_ws_group, "image", ("groups",)),
+    # Liu et al. 2020, arXiv:2004.02967
+    "evonorm_s0": Norm(_evonorm_s0, "image", ("groups",)),
+    # Singh & Krishnan 2020, arXiv:1911.09737
+    "frn": Norm(_frn, "image"),
+    # As Fixup's and SkipInit's baselines, arXiv:1901.09321, 2002.10444
+    "none": Norm(_each(lambda layer, _: sample.Scale()), "none"),
 }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from syncbn.trainer.errors import some
 from syncbn.trainer.report.tables import Cell, Table
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.sweep_folder import SEED, Point, Sweep, words
@@ -108,7 +109,8 @@ def reasons(sweep: Sweep) -> list[str]:
     for point in sweep.points:
         if point.reason and not point.done:
             told.setdefault((point.state, point.reason), []).append(point.words)
-    return [f"{state}: {reason} ({_some(those)})" for (state, reason), those in told.items()]
+    named = {key: some(those, MOST_NAMED, between="; ") for key, those in told.items()}
+    return [f"{state}: {reason} ({names})" for (state, reason), names in named.items()]
 
 
 def tally(sweep: Sweep) -> str:
@@ -167,8 +169,3 @@ def _number(value: str) -> float | None:
     except ValueError:
         return None
     return known if math.isfinite(known) else None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f"; and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(names[:MOST_NAMED]) + more

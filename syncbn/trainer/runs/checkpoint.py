@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, first_line
 from syncbn.trainer.files import put
 
 log = logging.getLogger(__name__)
@@ -191,10 +191,6 @@ def copied(state: Any) -> Any:
     if state is None or type(state) in (bool, int, float, str):
         return state
     raise TypeError(f"a state holds {type(state).__name__}: it must be tensors, numbers, text, lists and dicts")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _Sealed:

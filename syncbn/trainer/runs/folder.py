@@ -209,9 +209,9 @@ def is_legal(name: str) -> bool:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What shapes the training and differs: "optim.lr 0.1 -> 0.2" each."""
+    """What shapes the training and differs: "optim.lr 0.1 -> 0.2" each. A key that is newer than old is left out."""
     before, after = flat(old), flat(new)
-    keys = [key for key in before | after if not _outside(key) and before.get(key) != after.get(key)]
+    keys = [key for key in before or after if not _outside(key) and before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
 
 

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.trainer.errors import STOP_SIGNALS
 from syncbn.trainer.world import World
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(Exception):
@@ -32,7 +31,7 @@ class Stop:
 
     def listen(self) -> None:
         """From here on SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for an end instead of being one."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._hear)
 
     def asked(self) -> bool:

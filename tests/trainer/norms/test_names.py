@@ -83,6 +83,12 @@ MISFITS = {
     "group": ("local", {"group": 2}, "norm.group=2 with norm=local: only norm=sync, batch_renorm have that"),
     "samples": ("ghost", {"group": {"samples": 2}}, "with norm=ghost: only norm=sync, batch_renorm have that"),
     "fuse": ("torch", {"fuse": True}, "norm.fuse=true with norm=torch: only norm=sync has that; take it"),
+    "reduction": (
+        "batch_renorm",
+        {"reduction": "gather"},
+        "norm.reduction=gather with norm=batch_renorm: only norm=sync",
+    ),
+    "reduction-word": ("sync", {"reduction": "sum"}, "norm.reduction=sum: choose one of auto, all_reduce, gather, one"),
     "momentum": (
         "frozen",
         {"momentum": 0.5},
@@ -105,6 +111,12 @@ def test_what_a_norm_has_not_is_refused_in_a_line(word, more, said):
     with pytest.raises(UserError) as refused:
         NormConfig(word, **more)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("reduction", ["auto", "all_reduce", "gather"])
+def test_ranks_add_up_as_the_config_says(reduction):
+    model, _ = norms.convert(nn.Sequential(nn.BatchNorm2d(3)), NormConfig("sync", reduction=reduction), CPU)
+    assert model[0].reduction == reduction
 
 
 def test_local_changes_nothing():
