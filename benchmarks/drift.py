@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import syncbn
 from syncbn.trainer.environment import schedule_as_batch
-from syncbn.trainer.job.build import BROADCAST_BUFFERS
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.world import BROADCAST_BUFFERS
 
 IMAGES, EVERY = 2, 10
 MEAN, STD = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])

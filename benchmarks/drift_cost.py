@@ -25,8 +25,8 @@ from benchmarks.timing import Step, gpu_clock, machine, quartiles, ratios, turns
 from syncbn.drift.observer import Observer
 from syncbn.trainer import models
 from syncbn.trainer.environment import schedule_as_batch
-from syncbn.trainer.job.build import BROADCAST_BUFFERS
 from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.world import BROADCAST_BUFFERS
 
 LEVELS = ("off", "rank", "image")
 # What a monitor adds to a step on a CPU, but for what C does for it: a copy of some numbers a layer and, at

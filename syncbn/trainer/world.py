@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from inspect import signature
 from threading import Timer
 from typing import Any
 
@@ -16,10 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.trainer import environment
 from syncbn.trainer.environment import LaunchConfig
 from syncbn.trainer.errors import USER_ERROR, UserError
+
+# DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
+BROADCAST_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel.__init__).parameters
+)
 
 WORD = "syncbn/word"  # the store's key for what rank 0 says at the end
 FAILURE = "syncbn/failure"  # the store's key for what the first rank to fail says

@@ -53,7 +53,7 @@ def test_sigterm_while_ranks_start_ends_the_job_whatever_restarts_it_has(soak):
         life.until(lambda: len(life.members()[0]) == 2, "ranks")
         time.sleep(0.3)
         kill(life.job.process.pid, signal.SIGTERM)
-        assert life.job.wait() == 128 + signal.SIGTERM
+        assert life.job.wait() in (75, 128 + signal.SIGTERM)  # by then they may hear it, and save
         assert life.step == 0
         assert not life.ours()
         assert temporary(life) <= soak.usual

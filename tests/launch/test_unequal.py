@@ -86,7 +86,8 @@ def test_a_node_with_other_data_or_none_is_named(tmp_path, lacking):
 @pytest.mark.slow
 @pytest.mark.parametrize("door", [[*PYTHON, "launch.nproc=3"], [*TORCHRUN, "--nproc-per-node=3", "train.py"]])
 def test_a_group_that_does_not_divide_the_ranks_is_refused_before_anything_is_built(tmp_path, door):
-    command = ["data=image_folder", "data.root=/nowhere", "norm.group=2", *SHORT]
+    (tmp_path / "empty" / "train").mkdir(parents=True)  # to read it would be refused
+    command = ["data=image_folder", f"data.root={tmp_path / 'empty'}", "norm.group=2", *SHORT]
     code, said = finished(door, *command, root=tmp_path / "runs")
     assert code == (2 if PYTHON[1] in door[:2] else 1)
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))

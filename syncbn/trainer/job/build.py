@@ -1,13 +1,12 @@
 """From the config to objects: data, model and task, and what trains them."""
 
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import data, environment, models, norms, tasks
+from syncbn.trainer import data, environment, models, norms, tasks, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.training import cuda_graph, optim
@@ -17,13 +16,6 @@ from syncbn.trainer.training.resume import Start
 from syncbn.trainer.training.state import Training, seed_generators
 from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
-
-# DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
-BROADCAST_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel.__init__).parameters
-)
 
 
 @dataclass
@@ -79,7 +71,7 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.train.find_unused_parameters,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
-        **{BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
+        **{world.BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
     seed_generators(config.seed + ranks.rank)  # from here on only dropout and its like draw from it
     optimizer = optim.build(config.optim, parts.model, parts.data.global_batch * config.train.accumulate)

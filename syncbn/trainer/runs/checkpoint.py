@@ -142,13 +142,18 @@ class Checkpoints:
         path = self.folder / f"step_{step:09}.pt"
         try:
             write(path, state)
-            for pointer in ["latest", "best"] if best else ["latest"]:
-                with put(self.folder / pointer) as file:
-                    file.write(path.name.encode())
-            self.problem = None
+            if best:
+                self._point("best", path)
             self._remove_old(path)
+            # Last: a run that is killed before it goes on from the checkpoint before, and does all of this again
+            self._point("latest", path)
+            self.problem = None
         except Exception as error:  # whatever it is, training goes on
             self._failed(step, error)
+
+    def _point(self, pointer: str, path: Path) -> None:
+        with put(self.folder / pointer) as file:
+            file.write(path.name.encode())
 
     def _failed(self, step: int, error: Exception) -> None:
         self.problem = f"no checkpoint of step {step} ({first_line(error)})"
@@ -157,11 +162,10 @@ class Checkpoints:
     def _remove_old(self, saved: Path) -> None:
         """Remove what is too many, and what an earlier process wrote of later steps, which are now done again."""
         if self.keep is not None:
-            candidates = self._candidates()
-            later = [path for path in candidates if path.name > saved.name]
-            kept = [path for path in candidates if path not in later][: self.keep]
-            for path in candidates:
-                if path not in kept and path != self.best:
+            others = [path for path in self._candidates() if path != saved]
+            earlier = [path for path in others if path.name < saved.name]
+            for path in others:
+                if path not in earlier[: self.keep - 1] and path != self.best:
                     path.unlink()
 
     def _candidates(self) -> list[Path]:

@@ -126,6 +126,34 @@ def test_the_latest_few_and_the_best_are_kept(tmp_path, background):
     assert shelf.problem is None
 
 
+class Killed(BaseException):
+    """As a SIGKILL, but in this process."""
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("cut_at", ["best", "latest"])
+def test_a_save_that_is_cut_off_leaves_no_other_best_and_no_more_files(tmp_path, monkeypatch, cut_at, keep):
+    """Seen in a soak: killed behind latest, a run kept an old best and a checkpoint too many, for good."""
+    shelf, real = Checkpoints(tmp_path, keep=keep), checkpoint.put
+    for n in 1, 2:
+        shelf.save(n, {"step": n})
+
+    def put(path):
+        if path.name == cut_at:
+            raise Killed
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "put", put)
+    with pytest.raises(Killed):
+        shelf.save(3, {"step": 3}, best=True)
+    monkeypatch.setattr(checkpoint, "put", real)
+    again = Checkpoints(tmp_path, keep=keep)
+    if again.latest.name != step(3):  # else it goes on from there, and never saves it again
+        again.save(3, {"step": 3}, best=True)
+    assert (again.latest.name, again.best.name) == (step(3), step(3))
+    assert states(tmp_path) == ["best", "latest", *(step(n) for n in (2, 3)[-keep:])]
+
+
 def test_saving_in_the_background_takes_the_state_of_then(tmp_path, monkeypatch):
     gate, weight = threading.Event(), torch.zeros(3)
     real = checkpoint.write
