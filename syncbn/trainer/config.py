@@ -1,7 +1,6 @@
 """The whole config: every section's dataclass gathered into one schema, and errors in it told in one line."""
 
 import difflib
-import inspect
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from syncbn.trainer.environment import LaunchConfig
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
+from syncbn.trainer.option import option
 from syncbn.trainer.runs.checkpoint import CheckpointConfig
 from syncbn.trainer.runs.folder import RunConfig, flat
 from syncbn.trainer.tasks import TaskConfig
@@ -44,7 +44,7 @@ EXTRAS = {
 @dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0  # of weights, shuffles and augmentation
+    seed: int = option(0, "of weights, shuffles and augmentation")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -135,14 +135,14 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def described(section: Any, prefix: str = "") -> Iterator[str]:
-    """A line for each key: its name, its default, and the comment that stands beside it in the dataclass."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(section)), re.M))
-    for name, value in ((f.name, getattr(section, f.name)) for f in fields(section)):
+    """A line for each key: its name, its default, and its help."""
+    for key in fields(section):
+        name, value = key.name, getattr(section, key.name)
         if is_dataclass(value):
             yield from described(value, f"{prefix}{name}.")
         else:
             default = json.dumps(value).replace(" ", "").strip('"')
-            yield f"{f'{prefix}{name}={default}':<36} {comments.get(name, '')}".rstrip()
+            yield f"{f'{prefix}{name}={default}':<36} {key.metadata.get('help', '')}".rstrip()
 
 
 def explain(error: Exception) -> str:

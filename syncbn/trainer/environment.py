@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from syncbn.trainer.errors import FAILED, UserError
+from syncbn.trainer.option import option
 
 LONGEST_S = 7 * 24 * 3600
 SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
@@ -20,10 +21,12 @@ SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
 @dataclass
 class LaunchConfig:
-    nproc: int | str = "auto"  # ranks that `python train.py` starts: auto is one per GPU, or 2 without GPUs
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    max_restarts: int = 0  # how often `python train.py` starts all ranks again when one dies; torchrun has its own
-    timeout_s: float = 600.0  # how long ranks wait for one that does not come, before they end
+    nproc: int | str = option("auto", "ranks that `python train.py` starts: auto is one per GPU, or 2 without GPUs")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    max_restarts: int = option(
+        0, "how often `python train.py` starts all ranks again when one dies; torchrun has its own"
+    )
+    timeout_s: float = option(600.0, "how long ranks wait for one that does not come, before they end")
 
     def __post_init__(self) -> None:
         if self.nproc != "auto" and not (isinstance(self.nproc, int) and self.nproc >= 1):

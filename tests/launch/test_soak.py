@@ -53,8 +53,8 @@ def test_sigterm_while_ranks_start_ends_the_job_whatever_restarts_it_has(soak):
         life.until(lambda: len(life.members()[0]) == 2, "ranks")
         time.sleep(0.3)
         kill(life.job.process.pid, signal.SIGTERM)
-        assert life.job.wait() in (75, 128 + signal.SIGTERM)  # by then they may hear it, and save
-        assert life.step == 0
+        code = life.job.wait()
+        assert code == 75 or (code, life.step) == (128 + signal.SIGTERM, 0)  # by then they may train, hear it, and save
         assert not life.ours()
         assert temporary(life) <= soak.usual
     shutil.rmtree(life.root, ignore_errors=True)

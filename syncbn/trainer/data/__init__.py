@@ -14,6 +14,7 @@ from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint, re
 from syncbn.trainer.data.structure import mapped
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 from syncbn.trainer.world import World
 
 AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: job/batch_size.py
@@ -21,12 +22,12 @@ AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: job/batch_si
 
 @dataclass
 class AugmentConfig:
-    pad: int = 0  # pixels of black border before a random crop to the old size
-    flip: bool = False  # left-right, half the time
-    policy: str = "none"  # none, rand (RandAugment) or trivial (TrivialAugmentWide)
-    erase: float = 0.0  # probability of blanking a random rectangle
-    mixup: float = 0.0  # alpha of the Beta distribution; 0 is off
-    cutmix: float = 0.0  # alpha of the Beta distribution; 0 is off; with mixup too, one of both is drawn
+    pad: int = option(0, "pixels of black border before a random crop to the old size")
+    flip: bool = option(False, "left-right, half the time")
+    policy: str = option("none", "none, rand (RandAugment) or trivial (TrivialAugmentWide)")
+    erase: float = option(0.0, "probability of blanking a random rectangle")
+    mixup: float = option(0.0, "alpha of the Beta distribution; 0 is off")
+    cutmix: float = option(0.0, "alpha of the Beta distribution; 0 is off; with mixup too, one of both is drawn")
 
     def __post_init__(self) -> None:
         if self.policy not in ("none", "rand", "trivial"):
@@ -40,20 +41,22 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    name: str = "digits"  # one of the sources
-    root: str = "data"  # folder of the data set
-    download: bool = False  # fetch it into root if it is not there (torchvision's sets)
-    batch_per_rank: int | str = 4  # training images on each rank in each forward; auto: what fits a GPU, or is fastest
-    eval_batch_per_rank: int = 256  # eval statistics are fixed, so its batch is only a matter of speed
-    workers: int = 0  # processes per rank that decode and augment; 0: the rank itself
-    cache: bool = False  # keep decoded images in memory
-    skip_broken: bool = False  # leave unreadable images out, counted, instead of stopping
-    size: int = 0  # side in pixels to crop to (random scale in training, centre in eval); 0: as they are
-    mean: list[float] = field(default_factory=lambda: [0.5])  # of pixels in 0..1, per colour
+    name: str = option("digits", "one of the sources")
+    root: str = option("data", "folder of the data set")
+    download: bool = option(False, "fetch it into root if it is not there (torchvision's sets)")
+    batch_per_rank: int | str = option(
+        4, "training images on each rank in each forward; auto: what fits a GPU, or is fastest"
+    )
+    eval_batch_per_rank: int = option(256, "eval statistics are fixed, so its batch is only a matter of speed")
+    workers: int = option(0, "processes per rank that decode and augment; 0: the rank itself")
+    cache: bool = option(False, "keep decoded images in memory")
+    skip_broken: bool = option(False, "leave unreadable images out, counted, instead of stopping")
+    size: int = option(0, "side in pixels to crop to (random scale in training, centre in eval); 0: as they are")
+    mean: list[float] = option(lambda: [0.5], "of pixels in 0..1, per colour")
     std: list[float] = field(default_factory=lambda: [0.25])
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    train_images: int = 0  # train on so many only, evenly spread over the data set; 0: all
-    fake_samples: int = 512  # data=fake: training images; a fifth as many for eval
+    train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
+    fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
     fake_classes: int = 10
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from shlex import quote
 from typing import Any
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 
 log = logging.getLogger(__name__)
@@ -28,13 +29,17 @@ WAITING = 4096  # acts that may wait for W&B: 30 s of a hundred a second
 
 @dataclass
 class WandbConfig:
-    mode: str = "offline"  # offline: files in the run's folder, nothing sent; online: sent as well; disabled: neither
+    mode: str = option(
+        "offline", "offline: files in the run's folder, nothing sent; online: sent as well; disabled: neither"
+    )
     project: str = "syncbn"
     entity: str | None = None
-    group: str | None = None  # none: the run's name without its seed, so that seeds lie together
+    group: str | None = option(None, "none: the run's name without its seed, so that seeds lie together")
     job_type: str = "train"
     tags: list[str] = field(default_factory=list)
-    timeout_s: float = 30.0  # no answer of W&B for so long: the run goes on offline; also the longest wait at the end
+    timeout_s: float = option(
+        30.0, "no answer of W&B for so long: the run goes on offline; also the longest wait at the end"
+    )
 
     def __post_init__(self) -> None:
         if self.mode not in ("offline", "online", "disabled"):

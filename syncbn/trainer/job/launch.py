@@ -26,6 +26,7 @@ from syncbn.trainer.job import command_line, ranks, sweep
 from syncbn.trainer.job.rank import as_rank
 from syncbn.trainer.job.start import start_ranks
 from syncbn.trainer.redact import redacted
+from syncbn.trainer.runs import lock
 from syncbn.trainer.runs.folder import RunFolder, name_of
 from syncbn.trainer.training import resume
 
@@ -93,6 +94,7 @@ def one_run(composed: DictConfig) -> float:
     folder.refuse_other(as_dict(config))
     if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
         clear_scratch()  # that of a job killed at its very end
+        lock.clear(folder.path)
         print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
         return objective(folder)
     refuse_missing(config)

@@ -15,12 +15,13 @@ from torch.nn.parameter import is_lazy
 from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.models import weights
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.option import option
 
 
 @dataclass
 class ModelConfig:
-    name: str = "resnet8"  # ours, torchvision's, or package.module:builder
-    weights: str | None = None  # torchvision's name of trained weights (DEFAULT, ...), or a state_dict's file
+    name: str = option("resnet8", "ours, torchvision's, or package.module:builder")
+    weights: str | None = option(None, "torchvision's name of trained weights (DEFAULT, ...), or a state_dict's file")
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -14,18 +14,23 @@ import syncbn
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.norms import activations, local, renorm, sample, swap
 from syncbn.trainer.norms.activated import EvoNormS0, FilterResponseNorm
+from syncbn.trainer.option import option
 
 
 @dataclass
 class NormConfig:
-    name: str = "sync"  # sync, local, torch, group, layer, instance, batch_renorm, ghost, frozen, ...: see conf/norm
-    group: Any = "world"  # ranks that form one batch: world, node, so many consecutive ones, or {samples: n}
-    reduction: str = "auto"  # how ranks add up: auto, all_reduce, gather (in the order of ranks), one_shot (GPUs)
-    fuse: bool = False  # the layers also do the ReLU after them and the addition between
-    momentum: int | float | str | None = None  # of running statistics; none: the model's; auto: docs/norms.md
-    groups: int = 32  # groups of channels, at most: the largest number that divides them and leaves two in each
-    sub_batch: int = 32  # norm=ghost: images of a rank that are one batch; 32 as in docs/norms.md
-    renorm_steps: int = 1000  # norm=batch_renorm: forwards until r and d may be as large as the paper has them
+    name: str = option(
+        "sync", "sync, local, torch, group, layer, instance, batch_renorm, ghost, frozen, ...: see conf/norm"
+    )
+    group: Any = option("world", "ranks that form one batch: world, node, so many consecutive ones, or {samples: n}")
+    reduction: str = option(
+        "auto", "how ranks add up: auto, all_reduce, gather (in the order of ranks), one_shot (GPUs)"
+    )
+    fuse: bool = option(False, "the layers also do the ReLU after them and the addition between")
+    momentum: int | float | str | None = option(None, "of running statistics; none: the model's; auto: docs/norms.md")
+    groups: int = option(32, "groups of channels, at most: the largest number that divides them and leaves two in each")
+    sub_batch: int = option(32, "norm=ghost: images of a rank that are one batch; 32 as in docs/norms.md")
+    renorm_steps: int = option(1000, "norm=batch_renorm: forwards until r and d may be as large as the paper has them")
 
     def __post_init__(self) -> None:
         if self.name not in NORMS:

@@ -15,6 +15,7 @@ import torch
 
 from syncbn.trainer.errors import UserError, first_line
 from syncbn.trainer.files import put
+from syncbn.trainer.option import option
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,12 @@ SEAL = b"\nsyncbn sha256 "  # before the digest, behind what torch wrote, whose 
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = None  # steps between checkpoints; there is one at each eval and at the end anyhow
-    keep: int = 2  # of the latest, so many; and the best
-    background: bool = True  # write while training goes on; it waits only for the checkpoint before
-    resume: str = "auto"  # auto: where this run was left; none: begin anew; or another run's checkpoint or folder
+    every: int | None = option(None, "steps between checkpoints; there is one at each eval and at the end anyhow")
+    keep: int = option(2, "of the latest, so many; and the best")
+    background: bool = option(True, "write while training goes on; it waits only for the checkpoint before")
+    resume: str = option(
+        "auto", "auto: where this run was left; none: begin anew; or another run's checkpoint or folder"
+    )
 
     def __post_init__(self) -> None:
         for name in "every", "keep":

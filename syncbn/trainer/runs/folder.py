@@ -14,6 +14,7 @@ import yaml
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put
+from syncbn.trainer.option import option
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock, status_file
 from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
@@ -39,9 +40,9 @@ LONGEST = 200  # bytes of a run's name; file systems take 255 for a name
 
 @dataclass
 class RunConfig:
-    name: str | None = None  # none: made of the choices and the seed, never of the clock
-    root: str = "runs"  # folder of all runs
-    overwrite: bool = False  # replace a run of the same name that had another config
+    name: str | None = option(None, "none: made of the choices and the seed, never of the clock")
+    root: str = option("runs", "folder of all runs")
+    overwrite: bool = option(False, "replace a run of the same name that had another config")
 
     def __post_init__(self) -> None:
         if self.name is not None and (Path(self.name).name != self.name or self.name[:1] in ("", ".")):

@@ -76,6 +76,18 @@ def holder(folder: Path) -> Holder | None:
         os.close(handle)
 
 
+def clear(folder: Path) -> None:
+    """Remove the file that a job left which was killed; nothing, if a job holds it."""
+    with suppress(OSError):
+        handle = os.open(folder / NAME, os.O_RDWR)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(handle, folder / NAME):
+                (folder / NAME).unlink()
+        finally:
+            os.close(handle)
+
+
 def now() -> str:
     """The time, UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.tasks.task import Loss, Sums, Task
 
@@ -13,9 +14,9 @@ __all__ = ["TASKS", "Loss", "Sums", "Task", "TaskConfig", "build"]
 
 @dataclass
 class TaskConfig:
-    name: str = "classify"  # or your own: package.module:builder
-    mode: str = "train"  # train; or evaluate, by task=evaluate: the figures of checkpoint=PATH and no more
-    label_smoothing: float = 0.0  # share of a label spread over all classes (Szegedy et al. 2016)
+    name: str = option("classify", "or your own: package.module:builder")
+    mode: str = option("train", "train; or evaluate, by task=evaluate: the figures of checkpoint=PATH and no more")
+    label_smoothing: float = option(0.0, "share of a label spread over all classes (Szegedy et al. 2016)")
 
     def __post_init__(self) -> None:
         if self.name not in TASKS and ":" not in self.name:

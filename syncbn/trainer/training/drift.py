@@ -15,6 +15,7 @@ import syncbn
 from syncbn import Reading, Verdict
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,9 @@ WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
 
 @dataclass
 class DriftConfig:
-    level: str = "image"  # what to compare between ranks: image (ranks and images), rank, or off
-    every: int = 100  # steps from one reading to the next, at a log step; each eval has one too
-    alpha: float = 1e-3  # chance of a false alarm that is taken at each reading
+    level: str = option("image", "what to compare between ranks: image (ranks and images), rank, or off")
+    every: int = option(100, "steps from one reading to the next, at a log step; each eval has one too")
+    alpha: float = option(1e-3, "chance of a false alarm that is taken at each reading")
 
     def __post_init__(self) -> None:
         if self.level not in ("image", "rank", "off"):

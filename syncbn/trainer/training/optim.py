@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 
 # By what the rate is multiplied for r times the images a step
 SCALINGS: dict[str, Callable[[float], float]] = {
@@ -21,15 +22,17 @@ SCALINGS: dict[str, Callable[[float], float]] = {
 
 @dataclass
 class OptimConfig:
-    name: str = "sgd"  # sgd or adamw
-    lr: float = 0.1  # at lr_batch images a step
-    lr_batch: int = 256  # images of a step that lr is meant for; the rate of another number is by scaling
-    scaling: str = "linear"  # the rate used is lr * r, r = images a step / lr_batch; sqrt: lr * sqrt(r); none: lr
+    name: str = option("sgd", "sgd or adamw")
+    lr: float = option(0.1, "at lr_batch images a step")
+    lr_batch: int = option(256, "images of a step that lr is meant for; the rate of another number is by scaling")
+    scaling: str = option(
+        "linear", "the rate used is lr * r, r = images a step / lr_batch; sqrt: lr * sqrt(r); none: lr"
+    )
     weight_decay: float = 5e-4
-    decay_norms_and_biases: bool = False  # weight decay on vectors too: norms' weights and all biases
-    momentum: float = 0.9  # sgd
-    nesterov: bool = True  # sgd
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw
+    decay_norms_and_biases: bool = option(False, "weight decay on vectors too: norms' weights and all biases")
+    momentum: float = option(0.9, "sgd")
+    nesterov: bool = option(True, "sgd")
+    betas: list[float] = option(lambda: [0.9, 0.999], "adamw")
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
@@ -51,8 +54,8 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    warmup_epochs: float = 1.0  # the rate rises linearly from 0 ...
-    final: float = 0.0  # ... then falls along half a cosine to this share of its peak
+    warmup_epochs: float = option(1.0, "the rate rises linearly from 0 ...")
+    final: float = option(0.0, "... then falls along half a cosine to this share of its peak")
 
     def __post_init__(self) -> None:
         if self.warmup_epochs < 0:

@@ -3,23 +3,30 @@
 from dataclasses import dataclass
 
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.option import option
 
 
 @dataclass
 class TrainConfig:
-    epochs: float = 10.0  # passes over the training images ...
-    steps: int | None = None  # ... or, if given, optimiser steps
-    accumulate: int = 1  # forwards and backwards per optimiser step; the batch of a norm stays that of one forward
-    precision: str = "fp32"  # fp32, or bf16 or fp16 (autocast: parameters and statistics stay fp32)
-    channels_last: bool = False  # memory format of images and convolutions
-    compile: bool = False  # torch.compile, the whole model in one graph
-    cuda_graph: bool = False  # GPUs only: each step after the 11th is one CUDA graph, launched at once
-    find_unused_parameters: bool = False  # for a model that leaves some out in some steps; it costs each step time
-    ema: float = 0.0  # decay per step of an average of all weights and buffers, used in eval; 0: none
-    clip_norm: float = 0.0  # largest norm of the gradient; 0: any
-    max_bad_steps: int = 10  # a step whose loss or gradient is not finite is left out; more in a row end the run
-    log_every: int = 10  # steps
-    eval_every: int | None = None  # steps; none: each epoch. A checkpoint is written at each eval
+    epochs: float = option(10.0, "passes over the training images ...")
+    steps: int | None = option(None, "... or, if given, optimiser steps")
+    accumulate: int = option(
+        1, "forwards and backwards per optimiser step; the batch of a norm stays that of one forward"
+    )
+    precision: str = option("fp32", "fp32, or bf16 or fp16 (autocast: parameters and statistics stay fp32)")
+    channels_last: bool = option(False, "memory format of images and convolutions")
+    compile: bool = option(False, "torch.compile, the whole model in one graph")
+    cuda_graph: bool = option(False, "GPUs only: each step after the 11th is one CUDA graph, launched at once")
+    find_unused_parameters: bool = option(
+        False, "for a model that leaves some out in some steps; it costs each step time"
+    )
+    ema: float = option(0.0, "decay per step of an average of all weights and buffers, used in eval; 0: none")
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: any")
+    max_bad_steps: int = option(
+        10, "a step whose loss or gradient is not finite is left out; more in a row end the run"
+    )
+    log_every: int = option(10, "steps")
+    eval_every: int | None = option(None, "steps; none: each epoch. A checkpoint is written at each eval")
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -48,7 +55,9 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    recalibrate: int = 0  # training batches per rank whose exact statistics each eval is also done with (PreciseBN)
+    recalibrate: int = option(
+        0, "training batches per rank whose exact statistics each eval is also done with (PreciseBN)"
+    )
 
     def __post_init__(self) -> None:
         if self.recalibrate < 0:

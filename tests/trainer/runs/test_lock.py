@@ -209,3 +209,16 @@ def test_a_run_that_nobody_holds_has_no_holder(tmp_path):
     assert lock.holder(tmp_path) is None
     with lock.held(tmp_path, longest_s=0):
         pass
+
+
+def test_the_file_of_a_killed_job_is_cleared_and_that_of_a_living_one_is_not(tmp_path):
+    """Seen in a soak: a job killed behind its result left its lock's file in a finished run, for good."""
+    with holding(tmp_path / "r") as (pid, told):
+        told()
+        lock.clear(tmp_path / "r")
+        assert lock.holder(tmp_path / "r").pid == pid
+        kill(pid)
+        assert (tmp_path / "r" / lock.NAME).exists()
+        lock.clear(tmp_path / "r")
+        assert not (tmp_path / "r" / lock.NAME).exists()
+    lock.clear(tmp_path / "nowhere")
