@@ -30,7 +30,7 @@ class Parts:
 
 
 def build(config: Config, ranks: World, start: Start | None = None, found: int | None = None) -> Parts:
-    """Data, model and task. No rank speaks to another here. found: by found_out; of a start, its own is kept."""
+    """Data, model and task. No rank speaks to another here. found: by batch_size.global_batch; a start keeps its own."""
     if config.train.cuda_graph:
         cuda_graph.prepare(ranks.device)
     seed_generators(config.seed)
