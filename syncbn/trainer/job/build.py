@@ -29,8 +29,11 @@ class Parts:
     notes: list[str] = field(default_factory=list)
 
 
-def build(config: Config, ranks: World, start: Start | None = None, found: int | None = None) -> Parts:
-    """Data, model and task. No rank speaks to another here. found: by batch_size.global_batch; a start keeps its own."""
+def build(config: Config, ranks: World, start: Start | None = None, auto_batch: int | None = None) -> Parts:
+    """Data, model and task. No rank speaks to another here.
+
+    auto_batch: the global batch that data.batch_per_rank=auto came to. A start of this run's own keeps its own.
+    """
     if config.train.cuda_graph:
         cuda_graph.prepare(ranks.device)
     seed_generators(config.seed)
@@ -41,7 +44,7 @@ def build(config: Config, ranks: World, start: Start | None = None, found: int |
         seed=config.seed,
         accumulate=config.train.accumulate,
         memory_format=memory_format,
-        global_batch=(start and start.global_batch) or found,
+        global_batch=(start and start.global_batch) or auto_batch,
         start=start.state["step"] if start else 0,
     )
     notes = [*images.notes]

@@ -72,9 +72,10 @@ def ready(folder: RunFolder, config: Config, ranks: World) -> tuple[Training, Wa
     settings = as_dict(config)
     start = resume.find(config.checkpoint.resume, folder, settings, ranks)
     kept = start and start.global_batch
-    found = batch_size.global_batch(config, ranks) if config.data.batch_per_rank == data.AUTO and not kept else None
+    wanted = config.data.batch_per_rank == data.AUTO and not kept
+    auto_batch = batch_size.global_batch(config, ranks) if wanted else None
     with ranks.together():
-        parts = build(config, ranks, start, found)
+        parts = build(config, ranks, start, auto_batch)
         if start:
             start.refuse_changed(parts.data)
     refuse_other_data(parts.data, ranks)
