@@ -7,7 +7,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,40 +20,10 @@ from syncbn.trainer.report import comparison, plots
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.report.tables import duration, facts, setting, worst_layers
 from syncbn.trainer.runs import sweep_folder
+from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES, LIKENESS, OFFSETS, HeatMap
 from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_all
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
-
-
-@dataclass
-class Kind:
-    """A kind of heat map: what it shows, and how it is coloured."""
-
-    title: str
-    unit: str
-    caption: str
-    low: float | None = None  # where the scale of colours begins; none: at the lowest number
-    high: float = -math.inf  # where it ends at least, so that mere noise stays pale
-    worst: str = "high"
-    log: bool = False
-
-
-OFFSETS = Kind(
-    "Offset of each rank",
-    "z",
-    "How far each rank's mean is from the others': 1 is chance, above about 3 it differs",
-    1,
-    4,
-)
-# The first of these that was measured is drawn
-LIKENESS = {
-    "icc": Kind("ICC", "ICC", "How alike the images of one rank are, as against other ranks': 0 is chance", 0, 0.3),
-    "f": Kind("F", "MSB/MSI", "Variance between ranks over variance within, of images: 1 is chance", 1, 2),
-    "dmean_z": Kind("Batch against running mean", "z", "How far the batch is from the running mean: 1 is chance", 1, 4),
-}
-EFFECTIVE = Kind(
-    "Effective batch size", "n_eff", "How many independent samples the statistics rest on", worst="low", log=True
-)
 
 
 def runs_page(runs: Sequence[Run]) -> str:
@@ -231,62 +200,68 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
 def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The heat maps, each kind with one scale of colours for all runs, so that they can be compared."""
     if likeness := _likeness(runs):
-        yield from _map(LIKENESS[likeness], [run.grid(likeness) for run in runs], runs, ids)
-    yield from _map(EFFECTIVE, [run.grid("n_eff") for run in runs], runs, ids)
+        yield from _map(likeness, [run.grid(likeness) for run in runs], runs, ids)
+    yield from _map("n_eff", [run.grid("n_eff") for run in runs], runs, ids)
     told = [run.rank_z for run in runs]
     steps = {step for step, _ in filter(None, told)}
     when = f"step {steps.pop():,}, the last evaluation" if len(steps) == 1 else "the last evaluation of each"
     grids = [grid[1] if grid else Grid([], [], []) for grid in told]
-    yield from _map(OFFSETS, grids, runs, ids, when=f" At {when}.")
+    yield from _map("rank_z", grids, runs, ids, when=f" At {when}.")
 
 
 def heat_maps(run: Run) -> dict[str, tuple[Grid, Any]]:
     """The cells and a figure of each heat map of a run, by what it shows."""
-    kinds = {name: LIKENESS[name] for name in [_likeness([run])] if name} | {"n_eff": EFFECTIVE}
-    grids = {name: (kind, run.grid(name)) for name, kind in kinds.items()}
+    grids = {name: run.grid(name) for name in (_likeness([run]), "n_eff") if name}
     if run.rank_z:
-        grids["rank_z"] = OFFSETS, run.rank_z[1]
+        grids["rank_z"] = run.rank_z[1]
     return {
-        name: (grid, _heat_map(kind, grid, _limits(kind, [grid]), kind.title))
-        for name, (kind, grid) in grids.items()
+        name: (grid, _heat_map(name, grid, _limits(name, [grid]), _coloured(name).title))
+        for name, grid in grids.items()
         if grid.rows
     }
+
+
+def _coloured(name: str) -> HeatMap:
+    heat_map = OFFSETS if name == "rank_z" else DRIFT_FIGURES[name].heat_map
+    assert heat_map
+    return heat_map
 
 
 def _likeness(runs: Sequence[Run]) -> str | None:
     return next((figure for figure in LIKENESS if any(figure in run.drift for run in runs)), None)
 
 
-def _limits(kind: Kind, grids: Sequence[Grid]) -> tuple[float, float]:
-    low, high = plots.span((row for grid in grids for row in grid.values), positive=kind.log)
-    return low if kind.low is None else kind.low, max(high, kind.high)
+def _limits(name: str, grids: Sequence[Grid]) -> tuple[float, float]:
+    heat_map = _coloured(name)
+    low, high = plots.span((row for grid in grids for row in grid.values), positive=heat_map.log)
+    return low if heat_map.low is None else heat_map.low, max(high, heat_map.high)
 
 
-def _heat_map(kind: Kind, grid: Grid, limits: tuple[float, float], title: str) -> Any:
+def _heat_map(name: str, grid: Grid, limits: tuple[float, float], title: str) -> Any:
     return plots.heat_map(
         grid.values,
         grid.rows,
         grid.columns,
         title=title,
-        unit=kind.unit,
+        unit=_coloured(name).scale,
         along=grid.along,
-        worst=kind.worst,
+        worst=DRIFT_FIGURES[name].worst if name in DRIFT_FIGURES else "high",
         limits=limits,
-        log=kind.log,
+        log=_coloured(name).log,
     )
 
 
 def _map(
-    kind: Kind, grids: Sequence[Grid], runs: Sequence[Run], ids: Iterator[str], when: str = ""
+    name: str, grids: Sequence[Grid], runs: Sequence[Run], ids: Iterator[str], when: str = ""
 ) -> Iterator[dict[str, Any]]:
     if not any(grid.rows for grid in grids):
         return
-    limits, drawn = _limits(kind, grids), []
+    heat_map, limits, drawn = _coloured(name), _limits(name, grids), []
     for i, grid in enumerate(grids):
         if grid.rows:
-            figure = _heat_map(kind, grid, limits, kind.title if len(runs) == 1 else "")
+            figure = _heat_map(name, grid, limits, heat_map.title if len(runs) == 1 else "")
             drawn.append({"run": _shown(runs[i], i), "svg": _drawn(figure, ids)})
-    yield {"title": kind.title, "caption": f"{kind.caption}.{when}", "drawn": drawn}
+    yield {"title": heat_map.title, "caption": f"{heat_map.caption}.{when}", "drawn": drawn}
 
 
 def _drawn(figure: Any, ids: Iterator[str]) -> Markup:

@@ -3,31 +3,17 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
+from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES, DriftFigure
 from syncbn.trainer.runs.metric import Metric, in_digits, metric_of
 from syncbn.trainer.runs.reader import Points, Run
 
 MOST_LAYERS = 12  # in the table of the worst
-
-# What is measured of a layer: its name on the page, and whether a high or a low number is the worse
-FIGURES: dict[str, tuple[str, Callable[..., float]]] = {
-    "icc": ("ICC", max),
-    "f": ("F", max),
-    "n_eff": ("n_eff", min),
-    "dmean_z": ("mean, z", max),
-    "dlogvar_z": ("log var, z", max),
-    "lag": ("lag, σ", max),
-    "kl": ("KL, nats", max),
-    "dead": ("dead channels", max),
-    "conditioning": ("|mean|/σ", max),
-    "gap": ("gap, nats", max),
-}
-ORDER = ("icc", "f", "dmean_z", "kl", "lag", "conditioning")  # the first that was measured sorts the layers
 
 
 @dataclass
@@ -68,23 +54,25 @@ def facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
 
 def worst_layers(run: Run) -> Table | None:
     """The layers that drift most, those named in a verdict first; none if no figure of a layer was written."""
-    ordering = next((figure for figure in ORDER if figure in run.drift), None)
+    ordering = next((name for name, figure in DRIFT_FIGURES.items() if figure.sorts and name in run.drift), None)
     if ordering is None:
         return None
-    settled = {f: {layer: _settled(p) for layer, p in run.drift[f].items()} for f in FIGURES if f in run.drift}
-    _, worse = FIGURES[ordering]
-    sign = -1 if worse is max else 1
+    settled = {f: {layer: _settled(p) for layer, p in run.drift[f].items()} for f in DRIFT_FIGURES if f in run.drift}
+    sorted_by = DRIFT_FIGURES[ordering]
+    sign = -1 if sorted_by.worst == "high" else 1
     layers = sorted(settled[ordering], key=lambda layer: sign * settled[ordering][layer])
     blamed = [v.text for v in run.verdicts or []]
     layers.sort(key=lambda layer: next((i for i, text in enumerate(blamed) if _names(text, layer)), len(blamed)))
-    columns = {FIGURES[figure][0]: _column(settled[figure], layers, FIGURES[figure][1]) for figure in settled}
+    columns = {
+        DRIFT_FIGURES[name].head: _column(values, layers, DRIFT_FIGURES[name]) for name, values in settled.items()
+    }
     if run.rank_z:
         _, grid = run.rank_z
         columns["farthest rank, z"] = [_farthest(dict(zip(grid.rows, grid.values, strict=True)).get(x)) for x in layers]
     rows = {layer: [cells[i] for cells in columns.values()] for i, layer in enumerate(layers[:MOST_LAYERS])}
     shown = f"{len(rows)} of {len(layers)} layers" if len(layers) > len(rows) else f"All {len(layers)} layers"
     first = "those named in a verdict first, then " if blamed else ""
-    caption = f"{shown}, {first}by {FIGURES[ordering][0]}. Medians over the last quarter of the run; bold: the worst."
+    caption = f"{shown}, {first}by {sorted_by.head}. Medians over the last quarter of the run; bold: the worst."
     return Table(list(columns), rows, caption)
 
 
@@ -164,9 +152,9 @@ def _settled(points: Points) -> float:
     return median(values[-max(1, len(values) // 4) :]) if values else math.nan
 
 
-def _column(values: dict[str, float], layers: Sequence[str], worse: Callable[..., float]) -> list[Cell]:
+def _column(values: dict[str, float], layers: Sequence[str], figure: DriftFigure) -> list[Cell]:
     known = [v for v in values.values() if math.isfinite(v)]
-    worst = worse(known) if len(set(known)) > 1 else None
+    worst = figure.worse(known) if len(set(known)) > 1 else None
     return [Cell(in_digits(values[x]), values[x] == worst) if x in values else _cell(None) for x in layers]
 
 

@@ -16,13 +16,11 @@ from syncbn import Reading, Verdict
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
+from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES
 
 log = logging.getLogger(__name__)
 
 CHANCE = 0.1  # an ICC that batches of two have now and then
-
-# What is wrong with a layer shows in these, the weightiest first
-WORST = ("icc", "n_eff", "dmean_z", "dlogvar_z", "kl", "dead")
 
 
 @dataclass
@@ -97,8 +95,9 @@ class Story:
         def badness(name: str) -> tuple[float, float]:
             return max(known[name].get("icc", 0.0), CHANCE), -known[name].get("n_eff", 0.0)
 
+        shown = [figure for figure, read in DRIFT_FIGURES.items() if read.on_screen]
         worst = sorted(known, key=badness, reverse=True)[:most]
-        return {name: {figure: known[name][figure] for figure in WORST if figure in known[name]} for name in worst}
+        return {name: {f: known[name][f] for f in shown if f in known[name]} for name in worst}
 
 
 KINDS = ("buffers diverged", "shards differ", "running statistics lag", "batch too small")
