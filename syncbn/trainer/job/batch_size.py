@@ -91,7 +91,7 @@ def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = ti
 
 def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]:
     """A function that does a whole step on so many images, which look like those of the data."""
-    example = next(iter(parts.data.sample))
+    example = next(batch for batch in parts.data.sample if batch.samples)
     optimizer = optim.build(config.optim, parts.model, images_per_step=1)
     parts.model.train()
 

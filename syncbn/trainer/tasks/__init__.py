@@ -9,6 +9,9 @@ from syncbn.trainer.option import option
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.tasks.task import Loss, Sums, Task
 
+NAMES = ("weighs", "outputs", "metrics", "shapes", "loss", "evaluate", "figures")  # of Task
+HELP = "docs/tasks.md lists what a task has"
+
 __all__ = ["TASKS", "Loss", "Sums", "Task", "TaskConfig", "build"]
 
 
@@ -30,7 +33,8 @@ class TaskConfig:
 def build(config: TaskConfig, classes: int | None = None) -> Task:
     """The task of the config. classes: of the data; None: not known, where only names are asked for.
 
-    Raises UserError for package.module:builder that cannot be imported; builder(config, classes) returns the task.
+    Raises UserError for package.module:builder that cannot be imported, or whose builder(config, classes) returns no
+    task.
     """
     if config.name in TASKS:
         return TASKS[config.name](config, classes)
@@ -41,7 +45,18 @@ def build(config: TaskConfig, classes: int | None = None) -> Task:
         raise UserError(
             f"task.name={config.name}: {error}; it must be package.module:builder, importable from here"
         ) from error
-    return build_own(config, classes)
+    task = build_own(config, classes)
+    if lacking := [name for name in NAMES if not hasattr(task, name)]:
+        raise UserError(f"task.name={config.name} returned {type(task).__name__}, without {', '.join(lacking)}: {HELP}")
+    headlines = [metric.name for metric in task.metrics if metric.headline]
+    if len(headlines) != 1:
+        raise UserError(
+            f"task.name={config.name} has {len(headlines)} headlines among its metrics "
+            f"({', '.join(metric.name for metric in task.metrics)}): give headline=True to the one it is judged by"
+        )
+    if task.weighs not in ("images", "values"):
+        raise UserError(f"task.name={config.name} has weighs={task.weighs!r}: choose one of images, values")
+    return task
 
 
 TASKS: dict[str, Any] = {"classify": lambda config, classes: Classify(config.label_smoothing, classes)}

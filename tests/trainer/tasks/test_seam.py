@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.trainer import tasks
 from syncbn.trainer.data import Batch
 from syncbn.trainer.data.structure import mapped, repeated, tensors
+from syncbn.trainer.errors import UserError
 from syncbn.trainer.report import comparison
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.sweep_folder import Point, Sweep
@@ -21,7 +25,7 @@ from syncbn.trainer.training.loop import optimiser_step
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.state import Training
 from syncbn.trainer.training.totals import Totals
-from tests.launch.jobs import PYTHON, finished, job
+from tests.launch.jobs import PYTHON, ROOT, finished, job
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world
 
@@ -32,17 +36,25 @@ OWN += ["schedule.warmup_epochs=0"]
 @pytest.mark.ci
 @pytest.mark.slow
 def test_a_task_of_ones_own_trains_resumes_shows_reports_and_sweeps(tmp_path):
-    lasts = ["train.steps=60", "train.eval_every=20", "run.name=r"]
+    lasts = ["train.steps=200", "train.eval_every=20", "run.name=r"]
     with job(PYTHON, *OWN, *lasts, root=tmp_path) as started:
         started.until(lambda: (tmp_path / "r" / "checkpoints" / "latest").exists())
         started.process.send_signal(signal.SIGTERM)
-        assert started.wait() in (0, 75)
+        assert started.wait() == 75
     code, said = finished(PYTHON, *OWN, *lasts, root=tmp_path)
     assert code == 0, said
+    assert "going on from step" in said
     assert re.search(r"eval error \d+\.\d{4} pp  bright +\d+\.\d\d%", said), said
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["objective"] == result["metrics"]["eval/error"] < 12
     assert "error, pp" in (tmp_path / "r" / "report.html").read_text()
+    code, said = finished(PYTHON, "task=evaluate", f"checkpoint={tmp_path / 'r'}", root=tmp_path / "none")
+    assert (code, f"eval/error           {result['objective']:.4g} pp" in said) == (0, True), said
+    exporting = [sys.executable, "-m", "syncbn.trainer.export", str(tmp_path / "r")]
+    done = subprocess.run(exporting, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert " pp" in done.stdout
+    program = torch.export.load(tmp_path / "r" / "export" / "program.pt2").module()
+    assert program(torch.zeros(3, 3, 8, 8)).shape == (3, 1)
     code, said = finished(PYTHON, "-m", *OWN, "train.steps=4", "seed=0,1", root=tmp_path)
     assert code == 0, said
     (folder,) = tmp_path.glob("sweep-*")
@@ -66,6 +78,51 @@ def test_a_task_that_cannot_be_imported_is_told(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+class Own:
+    weighs, outputs, shapes = "values", 1, {"loss": ()}
+
+    def __init__(self, config, classes):
+        self.metrics = (Metric("loss", headline=True),)
+
+    def loss(self, model, batch): ...
+    def evaluate(self, model, batch): ...
+    def figures(self, sums): ...
+
+
+class TwoHeadlines(Own):
+    def __init__(self, config, classes):
+        self.metrics = (Metric("loss", headline=True), Metric("error", headline=True))
+
+
+class NoHeadline(Own):
+    def __init__(self, config, classes):
+        self.metrics = (Metric("loss"),)
+
+
+class WeighsPixels(Own):
+    weighs = "pixels"
+
+
+def nothing(config, classes):
+    return None
+
+
+NO_TASKS = {
+    "nothing": "returned NoneType, without weighs, outputs, metrics, shapes, loss, evaluate, figures: docs/tasks.md",
+    "TwoHeadlines": "has 2 headlines among its metrics (loss, error): give headline=True to the one it is judged by",
+    "NoHeadline": "has 0 headlines among its metrics (loss): give headline=True",
+    "WeighsPixels": "has weighs='pixels': choose one of images, values",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), NO_TASKS.items(), ids=NO_TASKS)
+def test_what_is_no_task_is_told_in_a_line(name, said):
+    assert tasks.build(tasks.TaskConfig(f"{__name__}:Own")).outputs == 1
+    with pytest.raises(UserError) as refused:
+        tasks.build(tasks.TaskConfig(f"{__name__}:{name}"))
+    assert str(refused.value).startswith(f"task.name={__name__}:{name} {said}")
+
+
 class Counted:
     """Squared values that count, where a mask says so."""
 
@@ -76,16 +133,20 @@ class Counted:
         return Loss(total, batch.labels.sum(), {"loss": total.detach()})
 
 
+class CountedImages(Counted):
+    """As Counted, where the images themselves count."""
+
+    weighs = "images"
+
+
 class Given:
     """As Data, as far as a step asks."""
 
-    skips = False
-
-    def __init__(self, global_batch):
-        self.global_batch = global_batch
+    def __init__(self, global_batch, skips=False):
+        self.global_batch, self.skips = global_batch, skips
 
 
-def gradient_of(rank, shares, accumulate):
+def gradient_of(rank, shares, accumulate, lacks=0):
     """The weights after a step of SGD at a rate of 1 on this rank's batches, in float64."""
     world = ranks_world(rank)
     torch.manual_seed(0)
@@ -94,7 +155,8 @@ def gradient_of(rank, shares, accumulate):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     before = [p.detach().clone() for p in model.parameters()]
     images = sum(len(x) for batches in shares for x, _ in batches) // accumulate
-    training = Training(ddp, Counted(), Given(images), optimizer, None, Guard(model, optimizer), Totals({}, world))
+    task, data = (CountedImages(), Given(images + lacks, skips=True)) if lacks else (Counted(), Given(images))
+    training = Training(ddp, task, data, optimizer, None, Guard(model, optimizer), Totals({}, world))
     config = TrainConfig(accumulate=accumulate)
     optimiser_step(training, config, world, [Batch(x, mask) for x, mask in shares[rank]])
     return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
@@ -125,6 +187,15 @@ def direct(x, mask):
     model = nn.Linear(3, 1, dtype=torch.float64)
     (model(x).flatten().square().mul(mask).sum() / mask.sum().clamp(min=1)).backward()
     return [p.grad for p in model.parameters()]
+
+
+def test_images_that_a_rank_lacks_count_for_nothing():
+    """data.skip_broken: 5 + 2 of 10 images are left, and each of them weighs as much."""
+    shares = [[(torch.randn(n, 3, dtype=torch.float64), torch.ones(n, dtype=torch.float64))] for n in (5, 2)]
+    want = direct(*(torch.cat([pair[i] for micros in shares for pair in micros]) for i in range(2)))
+    for rank in run_ranks(gradient_of, 2, shares, 1, 3):
+        for mine, wanted in zip(rank, want, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_sums_of_any_shape_are_added_over_ranks():
