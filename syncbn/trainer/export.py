@@ -101,7 +101,7 @@ def plain_model(state: State, path: Path) -> nn.Module:
 
 
 def task_of(state: State) -> tasks.Task:
-    return tasks.build(tasks.TaskConfig(**state["config"]["task"]), len(state["classes"]))
+    return tasks.build(tasks.TaskConfig(**state["config"]["task"]), state["classes"])
 
 
 def norm_of(state: State) -> NormConfig:

@@ -76,6 +76,16 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def each(self, values: Tensor) -> list[Tensor]:
+        """Each rank's vector, of any length, on every rank. Collective: every rank calls it with the same dtype."""
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=values.device)
+        lengths[self.rank] = len(values)
+        lengths = self.sum(lengths).tolist()
+        padded = torch.cat([values, values.new_zeros(max(lengths) - len(values))])
+        vectors = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(vectors, padded)
+        return [vector[:length] for vector, length in zip(vectors, lengths, strict=True)]
+
     def copy_from_rank_0(self, tensors: list[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0. Collective."""
         with torch.no_grad():

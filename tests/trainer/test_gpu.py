@@ -33,6 +33,8 @@ class Log:
 
     def evaluating(self, step): ...
 
+    def show(self, step, pictures): ...
+
     def log(self, step, figures, reading=None):
         self.losses |= {(step, name): value for name, value in figures.items() if name.endswith("/loss")}
 

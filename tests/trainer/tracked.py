@@ -13,10 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
+from syncbn.trainer.runs.pictures import PNG, Pictures
+from syncbn.trainer.tasks import Picture
 
 STEPS = 40
 FIGURES = 100
+PICTURED = (10, 30)  # steps
 
 
 def wandb_cores():
@@ -60,6 +65,8 @@ def main(folder, config, what, run_id, *_):
         timed(tracker.log, step, figures(step))
         if step == 2:
             timed(tracker.alert, "title", "told")
+        if step in PICTURED:
+            timed(tracker.show, Pictures(step, [PNG(png(step), f"after {step}")]))
         time.sleep(0.02)
     if what == "SIGSTOP":  # noticed in mid-run, before it is finished
         wait_for(lambda: not stopped())
@@ -77,6 +84,11 @@ def main(folder, config, what, run_id, *_):
         "left_at": time.time(),
     }
     print(json.dumps(seen))
+
+
+def png(step):
+    """A picture whose grey is the step."""
+    return Picture(torch.full((3, 4, 4), step, dtype=torch.uint8)).png()
 
 
 def figures(step):

@@ -1,6 +1,6 @@
 """Images for training and evaluation: a source by name, shared out over the ranks, delivered on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from syncbn.trainer.data.sampler import EvalSampler, TrainSampler
+from syncbn.trainer.data.sampler import EvalSampler, Key, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
 from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint, refuse_missing
+from syncbn.trainer.data.sources import TARGETS as TARGETS
 from syncbn.trainer.data.structure import mapped
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.world import World
 
+SHOWN = 8  # eval images, of which tasks make pictures
 AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: job/batch_size.py
 
 
@@ -109,11 +111,21 @@ class Batches:
         self.shape = [*batch.shape[1:]]
         return batch if images.ndim == 4 else batch[0]
 
+    def pixels(self, images: Any) -> Any:
+        """Images of a batch as they were before they were normalised, uint8 [..., 3, H, W] on the CPU."""
+
+        def restored(images: Tensor) -> Tensor:
+            mean, scale = (values.view(-1, 1, 1) for values in (self.mean, self.scale))
+            return images.div(scale).add(mean).round().clamp(0, 255).byte().cpu()
+
+        return mapped(restored, images)
+
 
 class Data(NamedTuple):
     """train: endless batches of this rank; eval: this rank's share of every eval image, once per iteration.
 
     sample: the first batches of training, from step 0 with each iteration, which leaves train as it is.
+    shown: one batch of SHOWN eval images, evenly spread over all, on every rank the same.
     global_batch: training images of one forward of all ranks together. even: whether each rank has as many of them.
     skips: whether a batch may lack some. fingerprint: what the data set holds, the same wherever it lies. notes: what
     of it is left out, in words.
@@ -122,6 +134,7 @@ class Data(NamedTuple):
     train: Batches
     eval: Batches
     sample: Batches
+    shown: Batches
     steps_per_epoch: int
     classes: list[str]
     global_batch: int
@@ -140,6 +153,8 @@ def build(
     memory_format: torch.memory_format = torch.contiguous_format,
     global_batch: int | None = None,
     start: int = 0,
+    targets: str = "classes",
+    stacked: bool = True,
 ) -> Data:
     """The data set of the config, shared out over the world's ranks.
 
@@ -147,8 +162,10 @@ def build(
         global_batch: training images of one forward of all ranks together; None: config.batch_per_rank on each. With
             it, a run that goes on with another number of ranks keeps its steps. Required if that is auto.
         start: the optimiser step that train begins with.
+        targets: what images must come with, one of TARGETS.
+        stacked: whether the images of a batch are one tensor, or a list.
     """
-    train, test = _images(config)
+    train, test = _images(config, targets)
     ranks = {"rank": world.rank, "world_size": world.size}
     told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:
@@ -162,10 +179,11 @@ def build(
         raise UserError(
             f"{told}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
-    training, evaluation = _samples(config, train, test, seed=seed)
+    training, evaluation = _samples(config, train, test, seed=seed, stacked=stacked)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)
+    shown = min(SHOWN, len(test))
 
-    def batches(samples: Samples, sampler: TrainSampler | EvalSampler, workers: int = config.workers) -> Batches:
+    def batches(samples: Samples, sampler: Iterable[list[Key]], workers: int = config.workers) -> Batches:
         loader = DataLoader(
             samples,
             batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  (any iterable of keys)
@@ -182,6 +200,7 @@ def build(
         batches(training, sampler),
         batches(evaluation, eval_sampler),
         batches(training, TrainSampler(len(train), **stream), workers=0),
+        batches(evaluation, [[(0, i * len(test) // shown) for i in range(shown)]], workers=0),
         sampler.steps_per_epoch,
         [*train.classes],
         global_batch,
@@ -192,21 +211,31 @@ def build(
     )
 
 
-def _images(config: DataConfig) -> tuple[Images, Images]:
+def _images(config: DataConfig, targets: str) -> tuple[Images, Images]:
     """Those to train on, and those for evaluation."""
-    refuse_missing(config)
+    refuse_missing(config, targets)
     train, test = SOURCES[config.name](config)
     if config.train_images > len(train):
         raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")
     return Spread(train, config.train_images) if config.train_images else train, test
 
 
-def _samples(config: DataConfig, train: Images, test: Images, *, seed: int) -> tuple[Samples, Samples]:
+def _samples(config: DataConfig, train: Images, test: Images, *, seed: int, stacked: bool) -> tuple[Samples, Samples]:
     """The same, as they go into batches."""
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
 
     mix = transforms.for_batches(config.augment, len(train.classes))
-    common: dict[str, Any] = {"seed": seed, "skip_broken": config.skip_broken, "cache": config.cache}
+    if mix and not stacked:
+        raise UserError(
+            "data.augment.mixup and data.augment.cutmix mix images of one size, and those of this task have each its "
+            "own: set both to 0"
+        )
+    common: dict[str, Any] = {
+        "seed": seed,
+        "skip_broken": config.skip_broken,
+        "cache": config.cache,
+        "stacked": stacked,
+    }
     training = Samples(train, transforms.for_training(config), mix=mix, **common)
     return training, Samples(test, transforms.for_eval(config), **common)
 

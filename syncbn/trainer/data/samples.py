@@ -18,12 +18,13 @@ class Batch(NamedTuple):
     """Samples of one rank: any structure of tensors, as the task takes it.
 
     Of classification: images [B, 1 or 3, H, W] in 0..255, labels [B], or [B, K] weights after mixing. Images of
-    different sizes are a list. skipped: broken images that were left out.
+    different sizes are a list. skipped: broken images that were left out. places: those of the samples in the data set.
     """
 
     images: Any
     labels: Any
     skipped: int = 0
+    places: tuple[int, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -45,9 +46,11 @@ class Samples(torch.utils.data.Dataset):
         mix: "v2.Transform | None" = None,
         skip_broken: bool = False,
         cache: bool = False,
+        stacked: bool = True,
     ):
+        """stacked: whether the images of a batch are one tensor, or a list, each of its own size."""
         self.images, self.transform, self.mix = images, transform, mix
-        self.seed, self.skip_broken = seed, skip_broken
+        self.seed, self.skip_broken, self.stacked = seed, skip_broken, stacked
         self.shape: torch.Size | None = None  # of the images so far: what an empty batch pretends to hold
         self.decoded: dict[int, tuple[Tensor, int]] | None = {} if cache else None
 
@@ -76,14 +79,23 @@ class Samples(torch.utils.data.Dataset):
             images.append(self.transform(image))
             labels.append(label)
             kept.append((epoch, index))
+        places = tuple(index for _, index in kept)
+        batch = Batch(
+            self._stacked(images) if self.stacked else images,
+            torch.tensor(labels, dtype=torch.int64),
+            len(keys) - len(kept),
+            places,
+        )
+        return batch if self.mix is None else self._mixed(batch, kept, self.mix)
+
+    def _stacked(self, images: list[Tensor]) -> Tensor:
         if len({image.shape for image in images}) > 1:
             shapes = " and ".join(str(tuple(s)) for s in sorted({image.shape for image in images})[:2])
             raise UserError(f"images have different shapes {shapes}: data.size=N brings them to N×N")
-        if images:
-            self.shape = images[0].shape
-        stacked = torch.stack(images) if images else torch.zeros(0, *self._shape(), dtype=torch.uint8)
-        batch = Batch(stacked, torch.tensor(labels, dtype=torch.int64), len(keys) - len(kept))
-        return batch if self.mix is None else self._mixed(batch, kept, self.mix)
+        if not images:
+            return torch.zeros(0, *self._shape(), dtype=torch.uint8)
+        self.shape = images[0].shape
+        return torch.stack(images)
 
     def _mixed(self, batch: Batch, keys: list[Key], mix: "v2.Transform") -> Batch:
         # In neighbouring pairs, so that what is mixed does not depend on how many ranks share a step's samples

@@ -229,9 +229,20 @@ SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "fake": fake,
 }
 
+# What images come with, and the sources that have it
+TARGETS = {"classes": tuple(SOURCES)}
 
-def refuse_missing(config: "DataConfig") -> None:
-    """Raise UserError if data.root is not there, at once and without torchvision; what lies in it is not looked at."""
+
+def refuse_missing(config: "DataConfig", targets: str = "classes") -> None:
+    """Raise UserError if the images come without the targets, or if data.root is not there.
+
+    At once and without torchvision: what lies in it is not looked at.
+    """
+    if config.name not in TARGETS[targets]:
+        raise UserError(
+            f"data.name={config.name} has no {targets}, which the task learns from: choose one of "
+            f"{', '.join(TARGETS[targets])}"
+        )
     root, none = Path(config.root), "there is no such folder"
     if config.name == "image_folder" and not (root / "train").is_dir():
         train_and_eval(root)  # which says so

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from io import BytesIO
 from pathlib import Path
 from queue import Full, Queue
 from shlex import quote
@@ -20,6 +21,7 @@ from typing import Any
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,10 @@ class Tracker:
         """Have W&B tell the user, as they have chosen there: by mail, say."""
         self._put(partial(_alert, title, text))
 
+    def show(self, pictures: Pictures) -> None:
+        """Log the pictures of an evaluation, beside its figures."""
+        self._put(partial(_show, pictures))
+
     def keep(self, pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any]) -> None:
         """Log what a run comes to: pictures, tables, and what is to stand in its summary."""
         self._put(partial(_keep, pictures, tables, summary))
@@ -195,6 +201,8 @@ class Tracker:
             self._do(act)
             if act.func is _alert:  # nobody wants it twice
                 self._known.pop()
+            if act.func is _show:  # the last will do for a run that takes over
+                self._known = [known for known in self._known if known is act or known.func is not _show]
 
     def _do(self, act: Act, *, answered: bool = True) -> None:
         with self._asking():
@@ -315,6 +323,14 @@ def _same(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _alert(title: str, text: str, run: Any) -> None:
     run.alert(title=title, text=text, wait_duration=0)
+
+
+def _show(pictures: Pictures, run: Any) -> None:
+    import wandb
+    from PIL import Image
+
+    images = [wandb.Image(Image.open(BytesIO(png.data)), caption=png.caption) for png in pictures.each]
+    run.log({"step": pictures.step, "eval/pictures": images}, step=pictures.step)
 
 
 def _keep(pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any], run: Any) -> None:

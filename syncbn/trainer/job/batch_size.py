@@ -10,12 +10,12 @@ import torch
 
 from syncbn.trainer import norms
 from syncbn.trainer.config import Config
-from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job.build import Parts, build
 from syncbn.trainer.job.diagnosis import is_out_of_memory
 from syncbn.trainer.training import optim
 from syncbn.trainer.training.evaluation import autocast
+from syncbn.trainer.training.loop import only
 from syncbn.trainer.world import World
 
 SMALLEST = 2  # one image of 1×1 pixels in the last layers has no variance
@@ -96,11 +96,13 @@ def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]
     parts.model.train()
 
     def take_step(batch: int) -> None:
-        with autocast(config.train, ranks):
-            loss = parts.task.loss(parts.model, repeated(example, batch))
-        (loss.total * 0).backward()  # whatever the loss, no weight runs away
-        optimizer.step()
-        optimizer.zero_grad()
+        samples = parts.task.example(example, batch)
+        for part, loss_of in parts.task.parts.items():
+            with only(parts.model, part), autocast(config.train, ranks):
+                loss = loss_of(parts.model, samples)
+            (loss.total * 0).backward()  # whatever the loss, no weight runs away
+            optimizer.step()
+            optimizer.zero_grad()
 
     return take_step
 

@@ -38,6 +38,7 @@ def build(config: Config, ranks: World, start: Start | None = None, auto_batch: 
         cuda_graph.prepare(ranks.device)
     seed_generators(config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    needs = tasks.build(config.task)
     images = data.build(
         config.data,
         ranks,
@@ -46,9 +47,11 @@ def build(config: Config, ranks: World, start: Start | None = None, auto_batch: 
         memory_format=memory_format,
         global_batch=(start and start.global_batch) or auto_batch,
         start=start.state["step"] if start else 0,
+        targets=needs.targets,
+        stacked=needs.stacked,
     )
     notes = [*images.notes]
-    task = tasks.build(config.task, len(images.classes))
+    task = tasks.build(config.task, images.classes)
     model = models.build(config.model, task.outputs or len(images.classes), notes.append).to(ranks.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -68,11 +71,12 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
             "any): leave some to train, or take task=evaluate",
             on_every_rank=True,
         )
+    refuse_unfit_parts(parts, config)
     model = DistributedDataParallel(
         parts.model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        find_unused_parameters=config.train.find_unused_parameters,
+        find_unused_parameters=config.train.find_unused_parameters or len(parts.task.parts) > 1,
         # Synchronised statistics are the same everywhere; those of other norms follow rank 0, as DDP's default has it
         **{world.BROADCAST_BUFFERS: not norms.synchronised(parts.model)},  # pyright: ignore[reportArgumentType]
     )
@@ -84,3 +88,21 @@ def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     guard = Guard(parts.model, optimizer, scaled=config.train.precision == "fp16")
     totals = Totals(parts.task.shapes, ranks)
     return Training(model, parts.task, parts.data, optimizer, schedule, guard, totals, average)
+
+
+def refuse_unfit_parts(parts: Parts, config: Config) -> None:
+    """Raise UserError, on every rank, if the model lacks a part of the task's, or a graph cannot hold several."""
+    names = [name for name in parts.task.parts if name]
+    modules = dict(parts.model.named_modules())
+    if lacking := [name for name in names if name not in modules]:
+        raise UserError(
+            f"task={config.task.name} optimises {', '.join(names)}, and model.name={config.model.name} has no "
+            f"{', '.join(lacking)}: give a model whose parts have these names",
+            on_every_rank=True,
+        )
+    if config.train.cuda_graph and len(parts.task.parts) > 1:
+        raise UserError(
+            f"train.cuda_graph=true with task={config.task.name}, which optimises {', '.join(names)} in turn: DDP then "
+            "has to find out what takes part in each loss, which no graph can hold; train.cuda_graph=false",
+            on_every_rank=True,
+        )

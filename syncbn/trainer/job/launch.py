@@ -128,8 +128,7 @@ def hand_to_ranks(config: Config) -> None:
 
 def refuse_missing(config: Config) -> None:
     """Raise UserError for a file or folder that is not there: the ranks would, but take seconds to start."""
-    data.refuse_missing(config.data)
-    tasks.build(config.task)
+    data.refuse_missing(config.data, tasks.build(config.task).targets)
     if config.task.mode == "train":
         models.refuse_missing(config.model)
         resume.refuse_missing(config.checkpoint.resume, RunFolder(config.run), as_dict(config))

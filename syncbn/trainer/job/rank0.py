@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,11 @@ from syncbn.trainer.report import page, plots
 from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.metric import headline, in_words
+from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
 from syncbn.trainer.runs.reader import read
 from syncbn.trainer.runs.record import Record
 from syncbn.trainer.runs.status_file import Pulse
+from syncbn.trainer.tasks import Picture
 from syncbn.trainer.training import drift
 from syncbn.trainer.training.drift import Story
 from syncbn.trainer.training.state import Training
@@ -113,6 +115,17 @@ class Watch:
         news = {"images_per_s": "train/images_per_s", "objective": self.objective}
         news = {name: figures[key] for name, key in news.items() if key in figures}
         self._now("training", step=step, epoch=figures["epoch"], **news)
+
+    def show(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Keep the pictures of an evaluation; where the disk has no room, the run goes on without them."""
+        if not pictures:
+            return
+        pngs = Pictures(step, [PNG(picture.png(), picture.caption) for picture in pictures])
+        try:
+            write_pictures(self.folder.pictures, pngs)
+        except OSError as error:
+            log.warning("the pictures of step %d are not written: %s", step, error)
+        self.tracker.show(pngs)
 
     def _now(self, state: str, **figures: Any) -> None:
         self.pulse.tell(state, pointed(self.folder.checkpoints / "latest"), **figures)

@@ -6,6 +6,7 @@
 import argparse
 import math
 import sys
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,9 @@ from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_all
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
 
 
+SMALLEST_PX, LARGEST_PX = 120, 380  # widths that a picture has on the page, at least
+
+
 def runs_page(runs: Sequence[Run]) -> str:
     """The whole report as HTML; the same runs give the same bytes."""
     ids = (f"s{i}" for i in count())
@@ -37,6 +41,7 @@ def runs_page(runs: Sequence[Run]) -> str:
         facts=facts(runs),
         differences={key: [setting(v) for v in values] for key, values in differing(runs).items()},
         curves=list(_curves(runs, ids)),
+        pictures=list(_pictures(runs)),
         maps=list(_maps(runs, ids)),
         worst=worst_layers(runs[0]) if len(runs) == 1 else None,
     )
@@ -195,6 +200,24 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
     if "train/images_per_s" in keys:
         lines = {run.label: run.points.get("train/images_per_s", {}) for run in runs}
         yield _drawn(plots.curves(lines, title="images/s", from_zero=True, legend=False), ids)
+
+
+def _pictures(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Of each run that has some, its pictures, as wide as they are to be shown."""
+    for i, run in enumerate(runs):
+        if run.pictures.each:
+            width = max(picture.width for picture in run.pictures.each)
+            images = [
+                {"source": f"data:image/png;base64,{b64encode(picture.data).decode()}", "caption": picture.caption}
+                for picture in run.pictures.each
+            ]
+            yield {
+                "run": _shown(run, i),
+                "step": f"step {run.pictures.step:,}",
+                "images": images,
+                "width": min(max(width, SMALLEST_PX), LARGEST_PX),
+                "small": width < SMALLEST_PX,
+            }
 
 
 def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:

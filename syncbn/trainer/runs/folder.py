@@ -66,6 +66,7 @@ class RunFolder:
         self.metric_names = self.path / "metric_names.json"
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
         self.logs = self.path / "logs"
         self.status = self.path / status_file.NAME
         self.lock = self.path / lock.NAME
@@ -128,7 +129,7 @@ class RunFolder:
 
     def go_on(self) -> None:
         """Remove what a process was writing when it was killed: another may never write that file."""
-        for folder in self.path, self.checkpoints:
+        for folder in self.path, self.checkpoints, self.pictures:
             for path in folder.glob(f"*{BESIDE}"):
                 path.unlink()
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.folder import RunConfig, RunFolder, flat
 from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
+from syncbn.trainer.runs.pictures import Pictures, read_pictures
 
 NUMBER = re.compile(r"(?<![\w.])(?<!rank )(?<!at )-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
@@ -53,7 +54,8 @@ class Run:
     """A run as its files have it.
 
     config: config.yaml, keys joined by dots. lines: metrics.jsonl. result: result.json; none if the run still goes or
-    died. notes: what could not be read. metrics: how people read the run's own figures.
+    died. notes: what could not be read. metrics: how people read the run's own figures. pictures: of the last
+    evaluation.
     """
 
     label: str
@@ -63,6 +65,7 @@ class Run:
     notes: list[str]
     source: str  # config.yaml, as it was written
     metrics: tuple[Metric, ...] = CLASSIFICATION
+    pictures: Pictures = field(default_factory=Pictures)
 
     @property
     def last_step(self) -> int:
@@ -144,7 +147,8 @@ def read(folder: Path, label: str | None = None) -> Run:
         raise UserError(f"{folder / files.config.name} is no config: the file is damaged, leave this run out") from None
     lines, notes = _lines(files.metrics)
     result, damaged = _result(files.result)
-    return Run(label or where.name, flat(config), lines, result, notes + damaged, source, files.named_metrics())
+    metrics, pictures = files.named_metrics(), read_pictures(files.pictures)
+    return Run(label or where.name, flat(config), lines, result, notes + damaged, source, metrics, pictures)
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:

@@ -1,18 +1,19 @@
 """What is learnt, by name: a task is one file, and all that the rest of the trainer knows of it is here."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
+from syncbn.trainer.data import TARGETS
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
+from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import Classify
-from syncbn.trainer.tasks.task import Loss, Sums, Task
+from syncbn.trainer.tasks.task import Loss, Picture, Rows, Sums, Task
 
-NAMES = ("weighs", "outputs", "metrics", "shapes", "loss", "evaluate", "figures")  # of Task
-HELP = "docs/tasks.md lists what a task has"
+HELP = "docs/tasks.md tells what a task is"
 
-__all__ = ["TASKS", "Loss", "Sums", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Loss", "Metric", "Picture", "Rows", "Sums", "Task", "TaskConfig", "build"]
 
 
 @dataclass
@@ -30,8 +31,8 @@ class TaskConfig:
             raise UserError(f"task.label_smoothing={self.label_smoothing}: give a share from 0 up to 1")
 
 
-def build(config: TaskConfig, classes: int | None = None) -> Task:
-    """The task of the config. classes: of the data; None: not known, where only names are asked for.
+def build(config: TaskConfig, classes: Sequence[str] | None = None) -> Task:
+    """The task of the config. classes: the names of the data's; None: not known yet, where no batch is to come.
 
     Raises UserError for package.module:builder that cannot be imported, or whose builder(config, classes) returns no
     task.
@@ -46,17 +47,31 @@ def build(config: TaskConfig, classes: int | None = None) -> Task:
             f"task.name={config.name}: {error}; it must be package.module:builder, importable from here"
         ) from error
     task = build_own(config, classes)
-    if lacking := [name for name in NAMES if not hasattr(task, name)]:
-        raise UserError(f"task.name={config.name} returned {type(task).__name__}, without {', '.join(lacking)}: {HELP}")
-    headlines = [metric.name for metric in task.metrics if metric.headline]
-    if len(headlines) != 1:
-        raise UserError(
-            f"task.name={config.name} has {len(headlines)} headlines among its metrics "
-            f"({', '.join(metric.name for metric in task.metrics)}): give headline=True to the one it is judged by"
-        )
-    if task.weighs not in ("images", "values"):
-        raise UserError(f"task.name={config.name} has weighs={task.weighs!r}: choose one of images, values")
+    if misfit := _misfit(task):
+        raise UserError(f"task.name={config.name} {misfit}")
     return task
 
 
-TASKS: dict[str, Any] = {"classify": lambda config, classes: Classify(config.label_smoothing, classes)}
+def _misfit(task: object) -> str | None:
+    """Why what a builder returned is no task; None if it is one."""
+    if not isinstance(task, Task):
+        return f"returned {type(task).__name__}, which does not inherit from syncbn.trainer.tasks.Task: {HELP}"
+    if lacking := [name for name in ("metrics", "shapes") if not hasattr(task, name)]:
+        return f"returned {type(task).__name__}, without {' and '.join(lacking)}: {HELP}"
+    headlines = [metric.name for metric in task.metrics if metric.headline]
+    if len(headlines) != 1:
+        return (
+            f"has {len(headlines)} headlines among its metrics ({', '.join(metric.name for metric in task.metrics)}): "
+            "give headline=True to the one it is judged by"
+        )
+    for name, choices in ("weighs", ("images", "values")), ("targets", TARGETS):
+        if getattr(task, name) not in choices:
+            return f"has {name}={getattr(task, name)!r}: choose one of {', '.join(choices)}"
+    if twice := task.shapes.keys() & task.rows.keys():
+        return f"has {', '.join(sorted(twice))} among its shapes and its rows: give each a name of its own"
+    return None
+
+
+TASKS: dict[str, Callable[[TaskConfig, Sequence[str] | None], Task]] = {
+    "classify": lambda config, classes: Classify(config.label_smoothing, classes)
+}

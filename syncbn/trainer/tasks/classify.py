@@ -1,6 +1,6 @@
 """Classification of images: cross-entropy and accuracy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -11,24 +11,23 @@ from torch.nn import functional as F
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import CLASSIFICATION
-from syncbn.trainer.tasks.task import Loss, Sums
+from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 NAMES = ("logits", "out")  # that models give their scores in an output of several
 
 
-class Classify:
+class Classify(Task):
     """One class per image; labels are classes [B], or weights [B, K] where images were mixed.
 
-    classes: the scores that a model is to give each image; None: any number.
+    classes: by name, for each of which a model is to give an image a score; None: any number of scores.
     """
 
-    weighs = "images"
     metrics = CLASSIFICATION
     shapes: ClassVar[dict[str, tuple[int, ...]]] = {"loss": (), "correct": (), "samples": ()}
 
-    def __init__(self, label_smoothing: float = 0.0, classes: int | None = None):
+    def __init__(self, label_smoothing: float = 0.0, classes: Sequence[str] | None = None):
         self.label_smoothing, self.classes = label_smoothing, classes
-        self.outputs = classes
+        self.outputs = None if classes is None else len(classes)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         scores = self._scores(model, batch)
@@ -46,6 +45,15 @@ class Classify:
         samples = sums["samples"].clamp(min=1)
         return {"loss": float(sums["loss"] / samples), "accuracy": float(sums["correct"] / samples)}
 
+    def pictures(self, model: nn.Module, batch: Batch, pixels: Tensor) -> list[Picture]:
+        shares, guesses = self._scores(model, batch).softmax(1).max(1)
+        names = self.classes or range(1 + int(max(guesses.max(), batch.labels.max())))
+        pictures = []
+        for image, label, guess, share in zip(pixels, batch.labels, guesses, shares, strict=True):
+            wrong = f", taken for {names[int(guess)]} ({share:.0%})" if guess != label else ""
+            pictures.append(Picture(image, f"{names[int(label)]}{wrong}"))
+        return pictures
+
     def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
         try:
             output = model(batch.images)
@@ -53,12 +61,12 @@ class Classify:
             error.add_note(f"the model was given images {[*batch.images.shape]}")
             raise
         scores = find_scores(output)
-        wanted = len(batch.images), self.classes or (scores.shape[-1] if scores is not None and scores.ndim else 0)
+        wanted = len(batch.images), self.outputs or (scores.shape[-1] if scores is not None and scores.ndim else 0)
         if scores is None or scores.shape != wanted:
             given = _described(output) if scores is None else f"scores {[*scores.shape]}"
             raise UserError(
                 f"the model gives {given} for images {[*batch.images.shape]}: its forward must return scores "
-                f"[{wanted[0]}, {self.classes or 'classes'}], by themselves, as the first tensor of a tuple, or named "
+                f"[{wanted[0]}, {self.outputs or 'classes'}], by themselves, as the first tensor of a tuple, or named "
                 f"{' or '.join(NAMES)}",
                 on_every_rank=True,
             )

@@ -1,14 +1,22 @@
 """What a task tells the rest of the trainer: loop, screen, W&B, report, status, sweeps, probe and export."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from syncbn.trainer.data import Batch
+from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.runs.metric import Metric
 
 Sums = dict[str, Tensor]
 """Totals over samples, of any shape: they add up over batches and ranks, in float64."""
+
+Rows = dict[str, Sequence[Tensor]]
+"""For each sample a tensor [n, ...] of its own length: they are gathered over batches and ranks, in float64."""
 
 
 class Loss(NamedTuple):
@@ -23,14 +31,38 @@ class Loss(NamedTuple):
     sums: Sums  # for the metrics
 
 
-class Task(Protocol):
+@dataclass(frozen=True)
+class Picture:
+    """What a model makes of a sample, to be looked at. image: uint8 [3, H, W], RGB."""
+
+    image: Tensor
+    caption: str = ""
+
+    def png(self) -> bytes:
+        from PIL import Image  # only on rank 0
+
+        file = BytesIO()
+        Image.fromarray(self.image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG")
+        return file.getvalue()
+
+
+LossOf = Callable[[nn.Module, Any], Loss]
+
+
+class Task(ABC):
     """What is learnt from batches. One object on each rank, the same on all."""
 
-    weighs: Literal["images", "values"]
+    weighs: Literal["images", "values"] = "images"
     """What a loss's weight counts. images: those of the batch, so that the loop knows the sum and sends no message."""
 
-    outputs: int | None
-    """How many numbers the model is to give for an image: what its builder gets as num_classes."""
+    targets: str = "classes"
+    """What each image of the data must come with: one of data.TARGETS."""
+
+    stacked: bool = True
+    """Whether the images of a batch are one tensor [B, 3, H, W], or a list, each of its own size."""
+
+    outputs: int | None = None
+    """How many numbers the model is to give for an image, its builder's num_classes; None: the classes of the data."""
 
     metrics: Sequence[Metric]
     """Its figures; one of them is the headline, by which the best checkpoint and the points of a sweep are chosen."""
@@ -38,14 +70,40 @@ class Task(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
     """Of the sums, by name: a rank without a sample has none to tell by."""
 
+    rows: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """Of each row of the rows that evaluate gives besides, by name: {"boxes": (6,)} for [n, 6] of each sample."""
+
+    @property
+    def parts(self) -> Mapping[str, LossOf]:
+        """What is optimised: in each step, in turn, a submodule of the model by its name, by a loss of its own.
+
+        "" is the whole model. A generative adversarial network names two. Each loss calls the model once.
+        """
+        return {"": self.loss}
+
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """The loss of a batch in training; the model is called once, also for a batch without a sample."""
-        ...
 
-    def evaluate(self, model: nn.Module, batch: Any) -> Sums:
-        """The sums of a batch in eval."""
-        ...
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor | Sequence[Tensor]]:
+        """The sums of a batch in eval, and the rows, a tensor for each sample."""
 
-    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """The metrics, by name, of sums over all batches and ranks (float64, on the CPU); all of them, or fewer."""
-        ...
+    @abstractmethod
+    def figures(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics, by name, of the sums over all batches and ranks (float64, on the CPU); all of them, or fewer.
+
+        After an evaluation, sums also has the rows: a list of a tensor for each sample, in the order of the data set,
+        each sample once. Of training steps there are only sums.
+        """
+
+    def pictures(self, model: nn.Module, batch: Any, pixels: Any) -> Sequence[Picture]:
+        """What the model makes of a few samples of the eval data, the same at each evaluation; none unless overridden.
+
+        pixels: the batch's images before they were normalised, uint8.
+        """
+        return ()
+
+    def example(self, batch: Batch, samples: int) -> Any:
+        """A batch of so many samples that is as dear as any, made of one of the data's: what probes of memory take."""
+        return repeated(batch, samples)

@@ -15,8 +15,9 @@ GROW = 2000
 class Guard:
     """Takes optimiser steps, but for bad ones: those leave weights, optimiser and buffers as they were.
 
-    A step is bad if the loss of some rank, or the gradient's norm, is inf or nan. `backward` makes a loss that is not
-    finite a gradient that is not, and DDP adds up gradients: so all ranks agree, and send no message for it.
+    A step has one part or several, each with a loss of its own. A part is bad if the loss of some rank, or the
+    gradient's norm, is inf or nan; a step, if a part is. `backward` makes a loss that is not finite a gradient that is
+    not, and DDP adds up gradients: so all ranks agree, and send no message for it.
 
     Args:
         model: its buffers are put back after a bad step.
@@ -42,7 +43,7 @@ class Guard:
         loss.backward((loss.detach() * 0 + self.scale) * times)
 
     def step(self, clip_norm: float = 0.0, times: Tensor | None = None) -> Tensor:
-        """Step the optimiser, unless the step is bad: whether it was, [] bool.
+        """Step the optimiser on the parameters that have a gradient, unless that is bad: whether it was, [] bool.
 
         clip_norm: largest norm of the gradient; 0: any. times: [], what the gradient is to be multiplied by; None: 1.
         """
@@ -59,10 +60,13 @@ class Guard:
         self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self._put_back(bad)
+        return bad
+
+    def count(self, bad: Tensor) -> None:
+        """Take note of a step of all parts, of which one was bad or none: [] bool."""
         self.in_a_row.add_(1).mul_(bad)
         if self.scaled:
             self._rescale(bad)
-        return bad
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row, "good": self.good, "scale": self.scale}

@@ -1,17 +1,19 @@
-"""The figures of a model on the eval data, with running statistics and with recalibrated ones."""
+"""The figures of a model on the eval data, with running statistics and with recalibrated ones, and its pictures."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 
 from syncbn.trainer.data import Batches, Data
-from syncbn.trainer.tasks import Task
+from syncbn.trainer.tasks import Picture, Task
 from syncbn.trainer.training import drift
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.preemption import Preempted, Stop
-from syncbn.trainer.training.totals import Totals
+from syncbn.trainer.training.totals import Gathered, Totals
 from syncbn.trainer.world import World
 
 
@@ -38,21 +40,24 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics over every eval image exactly once, with rank 0's buffers on every rank. Collective.
 
-    No batch is exchanged: ranks may have different numbers of them, or none. Raises Preempted once stop was asked.
+    No batch is exchanged, only what a task has in rows: ranks may have different numbers of batches, or none. Raises
+    Preempted once stop was asked.
     """
     model.eval()
     world.copy_from_rank_0(list(model.buffers()))
-    totals = Totals(task.shapes, world)
+    totals, rows = Totals(task.shapes, world), Gathered(task.rows, world)
     batches_left = iter(batches)
     for _ in range(batches.most):
         for batch in islice(batches_left, 1):
             with autocast(config, world):
-                sums = task.evaluate(model, batch)
-            totals.add(sums, batch.samples, batch.skipped)
+                measured: Any = task.evaluate(model, batch)
+            totals.add(measured, batch.samples, batch.skipped)
+            rows.add(batch.places, measured)
         if stop and stop.asked():
             raise Preempted
     reduced = totals.reduce()
-    figures = {f"eval/{name}": value for name, value in task.figures(reduced.sums).items()}
+    learnt = task.figures({**reduced.sums, **rows.gather()})
+    figures = {f"eval/{name}": value for name, value in learnt.items()}
     return {**figures, "eval/images": reduced.images, "eval/skipped_images": reduced.skipped}
 
 
@@ -78,6 +83,17 @@ def evaluate_recalibrated(
     renamed = {name.replace("eval/", "eval/recalibrated_"): value for name, value in figures.items()}
     unneeded = ("eval/recalibrated_images", "eval/recalibrated_skipped_images")
     return {name: value for name, value in renamed.items() if name not in unneeded} | gaps
+
+
+@torch.no_grad()
+def pictures(model: nn.Module, task: Task, data: Data, config: TrainConfig, world: World) -> Sequence[Picture]:
+    """The task's pictures of a few eval samples, the same each time. Every rank makes them; none sends anything."""
+    model.eval()
+    for batch in data.shown:
+        if batch.samples:
+            with autocast(config, world):
+                return task.pictures(model, batch, data.shown.pixels(batch.images))
+    return ()
 
 
 def autocast(config: TrainConfig, world: World) -> AbstractContextManager:

@@ -1,20 +1,23 @@
 """The training loop. It takes built objects and knows neither files nor configs of others."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, reduce
 from itertools import islice
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from syncbn import Reading
 from syncbn.trainer.data import Batch, Batches
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import headline
+from syncbn.trainer.tasks import Picture
+from syncbn.trainer.tasks.task import LossOf
 from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
-from syncbn.trainer.training.evaluation import autocast, evaluate_all
+from syncbn.trainer.training.evaluation import autocast, evaluate_all, pictures
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.preemption import Preempted, Stop
 from syncbn.trainer.training.state import Training
@@ -27,6 +30,7 @@ class Observer(Protocol):
     def stepped(self, step: int) -> None: ...
     def evaluating(self, step: int) -> None: ...
     def log(self, step: int, figures: dict[str, float], reading: Reading | None = None) -> None: ...
+    def show(self, step: int, pictures: Sequence[Picture]) -> None: ...
 
 
 class Keeper(Protocol):
@@ -110,36 +114,74 @@ def settle_buckets(training: Training, config: TrainConfig, world: World) -> Non
     than two ranks adds up in an order that depends on the place. The pass leaves traces, which a state then overwrites.
     """
     for batch in islice(training.data.sample, 1):
-        with autocast(config, world):
-            loss = training.task.loss(training.model, batch)
-        loss.total.backward()
+        for part, loss_of in training.task.parts.items():
+            with only(training.model.module, part), autocast(config, world):
+                loss = loss_of(training.model, batch)
+            loss.total.backward()
     training.optimizer.zero_grad()
 
 
 def optimiser_step(training: Training, config: TrainConfig, world: World, batches: Iterable[Batch]) -> Done:
-    """One step on config.accumulate batches of this rank, a forward and a backward each. Collective.
+    """One step on config.accumulate batches of this rank: of each part in turn. Collective.
 
     It reads nothing back from the device and keeps no number of its own, so that it can be captured as a CUDA graph.
     """
-    model, guard, task, parts, weights = training.model, training.guard, training.task, [], []
+    parts = training.task.parts
+    if len(parts) > 1:
+        batches = list(batches)  # each part sees them all
+    done: list[Done] = []
+    for part, loss_of in parts.items():
+        with only(training.model.module, part):
+            done.append(step_part(training, config, world, loss_of, batches))
+    bad, sums = reduce(joined, done)
+    training.guard.count(bad)
+    if training.average:
+        training.average.update_parameters(training.model.module)
+    return bad, sums
+
+
+def joined(one: Done, other: Done) -> Done:
+    """What two parts of one step left: it is bad if one is, and has the sums of both."""
+    sums = [({**a, **b}, images, skipped) for (a, images, skipped), (b, *_) in zip(one[1], other[1], strict=True)]
+    return one[0] | other[0], sums
+
+
+def step_part(training: Training, config: TrainConfig, world: World, loss_of: LossOf, batches: Iterable[Batch]) -> Done:
+    """A forward and a backward of each batch, and a step of the optimiser on what they gave gradients to."""
+    model, guard, sums, weights = training.model, training.guard, [], []
     images = training.data.global_batch * config.accumulate  # of all ranks, if none is broken
     for micro, batch in enumerate(batches, start=1):
         with model.no_sync() if micro < config.accumulate else nullcontext():
             with autocast(config, world):
-                loss = task.loss(model, batch)
+                loss = loss_of(model, batch)
             # DDP takes the mean over ranks
             guard.backward(loss.total, times=world.size / images)
         weights.append(loss.weight)
-        parts.append((loss.sums, batch.samples, batch.skipped))
+        sums.append((loss.sums, batch.samples, batch.skipped))
     times = None
-    if task.weighs != "images" or training.data.skips:
+    if training.task.weighs != "images" or training.data.skips:
         weight = world.sum(torch.stack(weights).double().sum())
         times = torch.where(weight > 0, images / weight, 0.0)
     bad = guard.step(config.clip_norm, times)
     training.optimizer.zero_grad()
-    if training.average:
-        training.average.update_parameters(model.module)
-    return bad, parts
+    return bad, sums
+
+
+@contextmanager
+def only(model: nn.Module, part: str) -> Iterator[None]:
+    """A block in which no parameters of the model are trained but those of a submodule; of "", all of them."""
+    if not part:
+        yield
+        return
+    own = set(model.get_submodule(part).parameters())
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str, float]:
@@ -189,6 +231,7 @@ def finish_evaluation(
         figures = evaluate_all(
             training.best_model, task, training.data, config, world, stop, recalibrate=training.recalibrate
         )
+        shown = pictures(training.best_model, task, training.data, config, world)
     finally:
         training.model.train()
     training.figures, training.evaluated = figures, training.step
@@ -198,6 +241,7 @@ def finish_evaluation(
     training.best = value if best else training.best
     if observer:
         observer.log(training.step, {"epoch": training.epoch, **figures})
+        observer.show(training.step, shown)
     save(training, keeper, best=best)
 
 

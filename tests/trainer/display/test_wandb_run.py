@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from syncbn.trainer.display import wandb_run
 from syncbn.trainer.display.wandb_run import WAITING, Tracker, WandbConfig
 from syncbn.trainer.errors import UserError
-from tests.trainer.tracked import FIGURES, STEPS
+from tests.trainer.tracked import FIGURES, PICTURED, STEPS
 
 ROOT = Path(__file__).parents[3]
 WANDB = Path(sys.executable).parent / "wandb"
@@ -84,6 +85,9 @@ def is_whole(files):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line[f"train/{i}"] == line["step"] for line in lines for i in range(FIGURES))
     text = json.dumps(records)
+    last = [line for line in lines if "eval/pictures.captions" in line][-1]
+    assert (last["step"], last["eval/pictures.captions"]) == (PICTURED[-1], [f"after {PICTURED[-1]}"])
+    assert Image.open(files / "files" / last["eval/pictures.filenames"][0]).getpixel((0, 0)) == (PICTURED[-1],) * 3
     return '"table"' in text and "verdict" in text and any(r["type"] == "exit" for r in records)
 
 

@@ -2,11 +2,10 @@
 
 import torch
 
-from syncbn.trainer.runs.metric import Metric
-from syncbn.trainer.tasks import Loss
+from syncbn.trainer.tasks import Loss, Metric, Task
 
 
-class Brightness:
+class Brightness(Task):
     """The mean over an image's pixels, by a model of one output; squared error, of images that are not black."""
 
     weighs = "values"

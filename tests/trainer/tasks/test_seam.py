@@ -19,7 +19,7 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.report import comparison
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.sweep_folder import Point, Sweep
-from syncbn.trainer.tasks import Loss
+from syncbn.trainer.tasks import Loss, Task
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.loop import optimiser_step
 from syncbn.trainer.training.options import TrainConfig
@@ -27,6 +27,7 @@ from syncbn.trainer.training.state import Training
 from syncbn.trainer.training.totals import Totals
 from tests.launch.jobs import PYTHON, ROOT, finished, job
 from tests.ranks import run_ranks
+from tests.trainer.tasks.given import Given
 from tests.trainer.trained import ranks_world
 
 OWN = ["task.name=tests.trainer.tasks.brightness:Brightness", "launch.nproc=2", "wandb.mode=disabled", "optim.lr=0.3"]
@@ -78,7 +79,7 @@ def test_a_task_that_cannot_be_imported_is_told(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-class Own:
+class Own(Task):
     weighs, outputs, shapes = "values", 1, {"loss": ()}
 
     def __init__(self, config, classes):
@@ -103,15 +104,31 @@ class WeighsPixels(Own):
     weighs = "pixels"
 
 
+class LearnsDepths(Own):
+    targets = "depths"
+
+
+class SumsAndRows(Own):
+    rows = {"loss": (2,)}  # noqa: RUF012
+
+
+class Bare(Own):
+    def __init__(self, config, classes):
+        pass
+
+
 def nothing(config, classes):
     return None
 
 
 NO_TASKS = {
-    "nothing": "returned NoneType, without weighs, outputs, metrics, shapes, loss, evaluate, figures: docs/tasks.md",
+    "nothing": "returned NoneType, which does not inherit from syncbn.trainer.tasks.Task: docs/tasks.md",
+    "Bare": "returned Bare, without metrics: docs/tasks.md",
     "TwoHeadlines": "has 2 headlines among its metrics (loss, error): give headline=True to the one it is judged by",
     "NoHeadline": "has 0 headlines among its metrics (loss): give headline=True",
     "WeighsPixels": "has weighs='pixels': choose one of images, values",
+    "LearnsDepths": "has targets='depths': choose one of classes",
+    "SumsAndRows": "has loss among its shapes and its rows: give each a name of its own",
 }
 
 
@@ -123,10 +140,11 @@ def test_what_is_no_task_is_told_in_a_line(name, said):
     assert str(refused.value).startswith(f"task.name={__name__}:{name} {said}")
 
 
-class Counted:
+class Counted(Own):
     """Squared values that count, where a mask says so."""
 
-    weighs, outputs, metrics, shapes = "values", 1, (Metric("loss", headline=True),), {"loss": ()}
+    def __init__(self):
+        pass
 
     def loss(self, model, batch):
         total = model(batch.images).flatten().square().mul(batch.labels).sum()
@@ -137,13 +155,6 @@ class CountedImages(Counted):
     """As Counted, where the images themselves count."""
 
     weighs = "images"
-
-
-class Given:
-    """As Data, as far as a step asks."""
-
-    def __init__(self, global_batch, skips=False):
-        self.global_batch, self.skips = global_batch, skips
 
 
 def gradient_of(rank, shares, accumulate, lacks=0):

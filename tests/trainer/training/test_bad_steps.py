@@ -156,7 +156,7 @@ def scales(bad_steps):
     guard = Guard(model, optim.build(optim.OptimConfig(lr=0.5, scaling="none", momentum=0), model, 1), scaled=True)
     for bad in bad_steps:
         guard.backward((weight * (math.inf if bad else 1)).sum(), times=1.0)
-        guard.step()
+        guard.count(guard.step())
         guard.optimizer.zero_grad()
         yield guard.scale.item(), weight.item()
 

@@ -36,7 +36,7 @@ class Log:
     """An observer that remembers, and a keeper too."""
 
     def __init__(self):
-        self.lines, self.saved = [], []
+        self.lines, self.saved, self.shown = [], [], []
 
     def stepped(self, step):
         pass
@@ -46,6 +46,9 @@ class Log:
 
     def log(self, step, figures, reading=None):
         self.lines.append((step, {**figures, **drift.flat(reading.layers)} if reading else figures))
+
+    def show(self, step, pictures):
+        self.shown.append((step, pictures))
 
     def save(self, training, *, best=False):
         self.saved.append(training.step)

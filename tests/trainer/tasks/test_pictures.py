@@ -1,0 +1,65 @@
+"""Pictures of the same few eval samples at each evaluation: what the model makes of them."""
+
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import nn
+
+from syncbn.trainer.config import typed
+from syncbn.trainer.data import SHOWN, Batch
+from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.tasks.classify import Classify
+from syncbn.trainer.training import loop
+from tests.ranks import run_ranks
+from tests.trainer.trained import ranks_world
+
+
+class Certain(nn.Module):
+    """Takes every image for the second class."""
+
+    def forward(self, images):
+        return torch.tensor([[0.0, 30.0, 0.0]]).expand(len(images), 3)
+
+
+def test_a_picture_of_classification_tells_what_it_is_and_what_it_was_taken_for():
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]))
+    pixels = torch.arange(96, dtype=torch.uint8).view(2, 3, 4, 4)
+    pictures = Classify(classes=["cat", "dog", "cow"]).pictures(Certain(), batch, pixels)
+    assert [picture.caption for picture in pictures] == ["dog", "cow, taken for dog (100%)"]
+    png = Image.open(BytesIO(pictures[1].png()))
+    assert (png.size, png.getpixel((3, 2))) == ((4, 4), tuple(pixels[1, :, 2, 3].tolist()))
+
+
+def shown(rank):
+    """What an observer is shown on this rank, and the pixels of the eval images."""
+    world = ranks_world(rank)
+    config = typed({"train": {"steps": 4, "eval_every": 2, "log_every": 4}})
+    training = assemble(build(config, world), config, world)
+    seen = []
+
+    class Observer:
+        def show(self, step, pictures):
+            seen.append((step, [(picture.image, picture.caption) for picture in pictures]))
+
+        def stepped(self, step): ...
+        def evaluating(self, step): ...
+        def log(self, step, figures, reading=None): ...
+
+    loop.fit(training, config.train, world, Observer())
+    images = training.data.eval.loader.dataset.images
+    return seen, [images[i * len(images) // SHOWN][0] for i in range(SHOWN)]
+
+
+def test_the_same_samples_are_shown_at_each_evaluation_on_every_rank():
+    first, *others = run_ranks(shown, 2)
+    seen, images = first
+    assert [step for step, _ in seen] == [2, 4]
+    for _, pictures in seen:
+        assert all(
+            torch.equal(each, image.expand(3, -1, -1)) for (each, _), image in zip(pictures, images, strict=True)
+        )
+    for other, _ in others:
+        assert [[caption for _, caption in pictures] for _, pictures in other] == [
+            [caption for _, caption in pictures] for _, pictures in seen
+        ]
