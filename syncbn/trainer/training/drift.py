@@ -63,7 +63,7 @@ class Story:
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         """state: of the story that this one goes on with."""
         state = state or {"told": {}, "last": None}
-        self.told: dict[str, dict[str, Any]] = state["told"]
+        self.by_kind: dict[str, dict[str, Any]] = state["told"]
         self.last: Reading | None = None
         if state["last"]:
             layers, rank_z, verdicts = state["last"]
@@ -71,33 +71,33 @@ class Story:
 
     def state_dict(self) -> dict[str, Any]:
         last = self.last and [*self.last[:2], [verdict._asdict() for verdict in self.last.verdicts]]
-        return {"told": self.told, "last": last}
+        return {"told": self.by_kind, "last": last}
 
     def add(self, step: int, reading: Reading) -> list[Verdict]:
         """Those of its verdicts whose kind has not been seen before."""
         self.last = reading
-        new = [verdict for verdict in reading.verdicts if verdict.kind not in self.told]
+        new = [verdict for verdict in reading.verdicts if verdict.kind not in self.by_kind]
         for verdict in reading.verdicts:
-            first = self.told.get(verdict.kind, {"first_step": step})["first_step"]
-            self.told[verdict.kind] = {**verdict._asdict(), "first_step": first, "last_step": step}
+            first = self.by_kind.get(verdict.kind, {"first_step": step})["first_step"]
+            self.by_kind[verdict.kind] = {**verdict._asdict(), "first_step": first, "last_step": step}
         return new
 
     @property
     def verdicts(self) -> list[dict[str, Any]]:
         """The last verdict of each kind, with its first and last step, in order of weight."""
-        return [self.told[kind] for kind in KINDS if kind in self.told]
+        return [self.by_kind[kind] for kind in KINDS if kind in self.by_kind]
 
     def worst_layers(self, most: int = 3) -> dict[str, dict[str, float]]:
         """The figures of the layers where ranks differ most or, where that is not known, batches are worth least."""
         layers = self.last.layers if self.last else {}
-        known = {name: figures for name, figures in layers.items() if figures}
+        measured = {name: figures for name, figures in layers.items() if figures}
 
         def badness(name: str) -> tuple[float, float]:
-            return max(known[name].get("icc", 0.0), CHANCE), -known[name].get("n_eff", 0.0)
+            return max(measured[name].get("icc", 0.0), CHANCE), -measured[name].get("n_eff", 0.0)
 
         shown = [figure for figure, read in DRIFT_FIGURES.items() if read.on_screen]
-        worst = sorted(known, key=badness, reverse=True)[:most]
-        return {name: {f: known[name][f] for f in shown if f in known[name]} for name in worst}
+        worst = sorted(measured, key=badness, reverse=True)[:most]
+        return {name: {f: measured[name][f] for f in shown if f in measured[name]} for name in worst}
 
 
 KINDS = ("buffers diverged", "shards differ", "running statistics lag", "batch too small")

@@ -91,19 +91,19 @@ def fit(
             at_end = training.step >= steps
             evaluating = at_end or training.step % eval_every == 0
             if evaluating or training.step % config.log_every == 0:
-                trained = read(training, config, batches)
+                trained = read_figures(training, config, batches)
                 due = evaluating or training.step % drift_every < config.log_every
                 reading = training.drift.read() if training.drift and due else None
                 if observer:
                     observer.log(training.step, trained, reading)
             if save_every and training.step % save_every == 0 and not evaluating:
-                save(training, keeper)
+                save_unless_bad(training, keeper)
             if observer:
                 observer.stepped(training.step)
             if stop.asked():
                 raise Preempted
     except Preempted:
-        save(training, keeper)
+        save_unless_bad(training, keeper)
         raise
 
 
@@ -184,7 +184,7 @@ def only(model: nn.Module, part: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str, float]:
+def read_figures(training: Training, config: TrainConfig, batches: "Waited") -> dict[str, float]:
     """The figures since the last reading, the task's if a step of it was good. Collective.
 
     Raises BadSteps, on every rank.
@@ -209,7 +209,7 @@ def read(training: Training, config: TrainConfig, batches: "Waited") -> dict[str
     }
 
 
-def save(training: Training, keeper: Keeper | None, *, best: bool = False) -> None:
+def save_unless_bad(training: Training, keeper: Keeper | None, *, best: bool = False) -> None:
     """Save, unless the last step was a bad one: a state to go back to is one from before. Collective."""
     if keeper and not int(training.guard.in_a_row):
         keeper.save(training, best=best)
@@ -242,7 +242,7 @@ def finish_evaluation(
     if observer:
         observer.log(training.step, {"epoch": training.epoch, **figures})
         observer.show(training.step, shown)
-    save(training, keeper, best=best)
+    save_unless_bad(training, keeper, best=best)
 
 
 class Waited:

@@ -117,22 +117,22 @@ def load(path: Path) -> tuple[Path, State]:
 
 def _shared(find: Callable[[], tuple[Path, bytes, bool] | None], ranks: World) -> Start | None:
     """What rank 0 finds, on every rank. Collective."""
-    found: tuple[Path, bytes, bool] | None = None
+    shared: tuple[Path, bytes, bool] | None = None
     with ranks.together():
         if ranks.rank == 0:
-            found = find()
-    found = ranks.from_rank_0(found)
-    if found is None:
+            shared = find()
+    shared = ranks.from_rank_0(shared)
+    if shared is None:
         return None
-    path, payload, own = found
+    path, payload, own = shared
     return Start(parse(payload), path, own)
 
 
 def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
     if resume == "none" and not environment.restarts():
         return None
-    if folder.holds(config) and (found := _newest(folder.checkpoints)):
-        path, payload = found
+    if folder.holds(config) and (newest := _newest(folder.checkpoints)):
+        path, payload = newest
         # Another run's may be left by a process that was killed while it took over the folder
         if not differences(parse(payload).get("config", {}), redacted(config)):
             return path, payload, True
@@ -142,8 +142,8 @@ def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path,
 def _at(path: Path) -> tuple[Path, bytes]:
     if path.is_dir():
         inside = path / "checkpoints"
-        if found := _newest(inside if inside.is_dir() else path):
-            return found
+        if newest := _newest(inside if inside.is_dir() else path):
+            return newest
         raise UserError(f"{path} holds no checkpoint: give a file, such as runs/NAME/checkpoints/step_000000100.pt")
     path = pointed(path) or path
     try:
@@ -161,9 +161,9 @@ def _at(path: Path) -> tuple[Path, bytes]:
 
 def _newest(checkpoints: Path) -> tuple[Path, bytes] | None:
     shelf = Checkpoints(checkpoints)
-    found = shelf.newest_whole()
-    if found is None and shelf.latest:
+    newest = shelf.newest_whole()
+    if newest is None and shelf.latest:
         raise UserError(
             f"no checkpoint in {checkpoints} is whole: put one there from a copy, or checkpoint.resume=none begins anew"
         )
-    return found
+    return newest

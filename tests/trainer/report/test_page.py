@@ -4,13 +4,17 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from base64 import b64encode
 from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from syncbn.trainer.report.page import main, runs_page
+from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
 from syncbn.trainer.runs.reader import read_all
+from syncbn.trainer.tasks import Picture
 from tests.trainer.made_runs import DEAD, SHARDS, make_run, rewrite
 
 
@@ -257,3 +261,14 @@ def test_another_process_gives_the_same_bytes_and_no_traceback(tmp_path):
     done = command(tmp_path)
     assert done.returncode == 2
     assert re.fullmatch("error: .*\n", done.stderr)
+
+
+def test_the_pictures_of_a_run_are_on_its_page(tmp_path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    png = Picture(torch.zeros(3, 4, 6, dtype=torch.uint8)).png()
+    write_pictures(a / "pictures", Pictures(1200, [PNG(png, "<cat>"), PNG(png, "dog, taken for cow (93%)")]))
+    html = page(a)
+    assert re.findall(r'<img src="data:image/png;base64,([^"]*)"', html) == [b64encode(png).decode()] * 2
+    assert "step 1,200 <cat> dog, taken for cow (93%)" in text_of(html)
+    assert "a, step 1,200" in text_of(page(a, b))
+    assert "<img" not in page(b)

@@ -49,6 +49,7 @@ def test_a_task_of_ones_own_trains_resumes_shows_reports_and_sweeps(tmp_path):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["objective"] == result["metrics"]["eval/error"] < 12
     assert "error, pp" in (tmp_path / "r" / "report.html").read_text()
+    assert not (tmp_path / "r" / "pictures").exists()
     code, said = finished(PYTHON, "task=evaluate", f"checkpoint={tmp_path / 'r'}", root=tmp_path / "none")
     assert (code, f"eval/error           {result['objective']:.4g} pp" in said) == (0, True), said
     exporting = [sys.executable, "-m", "syncbn.trainer.export", str(tmp_path / "r")]

@@ -162,7 +162,7 @@ def scales(bad_steps):
 
 
 def test_the_scale_halves_after_a_bad_step_and_grows_after_many_good_ones():
-    found = list(scales([True, False, True] + [False] * GROW))
-    assert [scale for scale, _ in found[:4]] == [2**15, 2**15, 2**14, 2**14]
-    assert [scale for scale, _ in found[-2:]] == [2**14, 2**15]
-    assert [weight for _, weight in found[:3]] == [1.0, 0.5, 0.5]  # the gradient itself is not scaled
+    steps = list(scales([True, False, True] + [False] * GROW))
+    assert [scale for scale, _ in steps[:4]] == [2**15, 2**15, 2**14, 2**14]
+    assert [scale for scale, _ in steps[-2:]] == [2**14, 2**15]
+    assert [weight for _, weight in steps[:3]] == [1.0, 0.5, 0.5]  # the gradient itself is not scaled
