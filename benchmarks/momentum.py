@@ -15,7 +15,8 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from syncbn.trainer import norms
 from syncbn.trainer.config import typed
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training.evaluation import evaluate, evaluate_all
 from syncbn.trainer.training.loop import optimiser_step
 from syncbn.trainer.world import World

@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.trainer import environment, models, world
 from syncbn.trainer.config import Config, typed
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training import drift, evaluation, loop
 from syncbn.trainer.world import World
 

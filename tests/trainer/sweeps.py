@@ -9,7 +9,7 @@ from hydra.types import RunMode
 
 from syncbn.trainer.config import as_dict, typed
 from syncbn.trainer.errors import Ended, RanksFailed, UserError
-from syncbn.trainer.job import launch, sweep
+from syncbn.trainer.job import launch, one_run, sweep
 from syncbn.trainer.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 def quick(composed):
     """A run without ranks: its objective follows from its config, and so does how it ends."""
-    config = launch.named(typed(composed))
+    config = one_run.named(typed(composed))
     folder = RunFolder(config.run)
     folder.refuse_other(as_dict(config))
     if folder.finished(as_dict(config)):
         print(f"{folder.path} is finished")
-        return launch.objective(folder)
+        return one_run.objective(folder)
     if config.norm.name == "torch":
         raise UserError("norm=torch on cpu: it needs GPUs")
     if config.seed == 13:

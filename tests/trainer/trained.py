@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from syncbn.trainer.config import Config, as_dict, typed
 from syncbn.trainer.environment import threads
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.runs.checkpoint import Checkpoints
 from syncbn.trainer.training.loop import fit
 from syncbn.trainer.training.resume import Keeper

@@ -19,7 +19,7 @@ from syncbn.trainer.option import option
 from syncbn.trainer.world import World
 
 SHOWN = 8  # eval images, of which tasks make pictures
-AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: job/batch_size.py
+AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: rank/batch_size.py
 
 
 @dataclass

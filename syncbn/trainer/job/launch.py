@@ -7,8 +7,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,19 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.trainer import data, environment, models, tasks, world
-from syncbn.trainer.config import Config, as_dict, explain, from_yaml, on_top_of, register, to_yaml, typed
+from syncbn.trainer import environment, world
+from syncbn.trainer.config import explain, from_yaml, register
 from syncbn.trainer.errors import FAILED, FINAL, USER_ERROR, RanksFailed, UserError
-from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.job import command_line, ranks, sweep
-from syncbn.trainer.job.rank import as_rank
-from syncbn.trainer.job.start import start_ranks
+from syncbn.trainer.job.one_run import CONFIG, one_run
+from syncbn.trainer.rank.life import as_rank
 from syncbn.trainer.redact import redacted
-from syncbn.trainer.runs import lock
-from syncbn.trainer.runs.folder import RunFolder, name_of
-from syncbn.trainer.training import resume
 
-CONFIG = "syncbn/config"  # the store's key for what rank 0 decided
 CHECKPOINT = re.compile(r"^checkpoint=(?!\{)")  # on the command line: short for what is asked for most in its section
 
 
@@ -82,70 +75,6 @@ def run_job(composed: DictConfig) -> float | None:
     if code := in_one_line(lambda: objective.append(one_run(composed))):
         sys.exit(code)  # of an exception Hydra would tell in lines of its own
     return objective[0]
-
-
-def one_run(composed: DictConfig) -> float:
-    """Do what the config says, on its ranks. Returns the objective."""
-    if composed.task.mode == "evaluate":
-        return one_evaluation(composed)
-    config = named(typed(composed))
-    folder = RunFolder(config.run)
-    folder.refuse_unwritable()
-    folder.refuse_other(as_dict(config))
-    if config.checkpoint.resume != "none" and folder.finished(as_dict(config)):
-        clear_scratch()  # that of a job killed at its very end
-        lock.clear(folder.path)
-        print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
-        return objective(folder)
-    refuse_missing(config)
-    run_on_ranks = hand_to_ranks if environment.under_torchrun() else start_ranks
-    run_on_ranks(config)
-    return objective(folder)
-
-
-def one_evaluation(composed: DictConfig) -> float:
-    """Evaluate the checkpoint of the config, by its own config with the command line's words on top."""
-    path = Path(composed.checkpoint.resume)
-    if str(path) in ("auto", "none", "."):
-        raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
-    path, state = resume.load(path)
-    config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
-    with scratch() as folder:
-        run = replace(config.run, root=str(folder))
-        config = replace(config, run=run, launch=replace(config.launch, max_restarts=0))
-        refuse_missing(config)
-        run_on_ranks = hand_to_ranks if environment.under_torchrun() else start_ranks
-        run_on_ranks(config)
-        return objective(RunFolder(run))
-
-
-def hand_to_ranks(config: Config) -> None:
-    """Under torchrun: give all ranks the config, and be rank 0 of them."""
-    world.meet().set(CONFIG, json.dumps({"config": to_yaml(config)}))
-    if code := as_rank(lambda: config):
-        sys.exit(code)  # it has said why
-
-
-def refuse_missing(config: Config) -> None:
-    """Raise UserError for a file or folder that is not there: the ranks would, but take seconds to start."""
-    data.refuse_missing(config.data, tasks.build(config.task).targets)
-    if config.task.mode == "train":
-        models.refuse_missing(config.model)
-        resume.refuse_missing(config.checkpoint.resume, RunFolder(config.run), as_dict(config))
-
-
-def objective(folder: RunFolder) -> float:
-    """What a sweep compares runs by."""
-    return json.loads(folder.result.read_text())["objective"]
-
-
-def named(config: Config) -> Config:
-    """The config with its run's name filled in."""
-    if config.run.name is not None:
-        return config
-    hydra = HydraConfig.get()
-    name = name_of(as_dict(config), hydra.runtime.choices.get("experiment"), list(hydra.overrides.task))
-    return replace(config, run=replace(config.run, name=name))
 
 
 def in_one_line(job: Callable[[], Any]) -> int:

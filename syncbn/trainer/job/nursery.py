@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 # What ranks import, some of it as they need it: DDP and the optimisers torch._dynamo, image data torchvision
-IMPORTED = ("syncbn.trainer.job.rank", "syncbn.trainer.data.transforms", "torch._dynamo")
+IMPORTED = ("syncbn.trainer.rank.life", "syncbn.trainer.data.transforms", "torch._dynamo")
 
 
 class Request(NamedTuple):
@@ -164,9 +164,9 @@ def become(request: Request) -> NoReturn:
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    from syncbn.trainer.job import rank
+    from syncbn.trainer.rank import life
 
-    rank.as_started(Path(request.argument), os.getppid())
+    sys.exit(life.as_rank(Path(request.argument), os.getppid()))
 
 
 if __name__ == "__main__":

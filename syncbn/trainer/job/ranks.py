@@ -135,7 +135,7 @@ def _start(argument: str, environment: dict[str, str], forked: bool) -> Rank:
             return _nurseries[os.getpid()].start(argument, environment)
         except (EOFError, OSError):
             raise RanksFailed("what ranks are forked from has ended: its own error says why", FAILED) from None
-    command = [sys.executable, "-m", "syncbn.trainer.job.rank", argument, str(os.getpid())]
+    command = [sys.executable, "-m", "syncbn.trainer.rank.life", argument, str(os.getpid())]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 

@@ -10,8 +10,8 @@ from syncbn.trainer import environment
 from syncbn.trainer.config import Config, to_yaml
 from syncbn.trainer.errors import FINAL, STOP_SIGNALS, USER_ERROR, Ended, RanksFailed
 from syncbn.trainer.files import scratch
-from syncbn.trainer.job.rank import EXIT_CODE, REASON
 from syncbn.trainer.job.ranks import CAN_FORK, Ends, run_ranks
+from syncbn.trainer.rank.life import EXIT_CODE, REASON
 from syncbn.trainer.runs import status_file
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.lock import now

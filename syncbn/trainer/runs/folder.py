@@ -120,6 +120,11 @@ class RunFolder:
             with put(self.metric_names) as file:
                 file.write(text.encode())
 
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write down what the run came to, after which it is finished for good. Raises OSError."""
+        with put(self.result) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
+
     def named_metrics(self) -> tuple[Metric, ...]:
         """The metrics that were written down; those of classification where none were."""
         try:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from syncbn.trainer.files import put
 
@@ -30,6 +30,18 @@ class Pictures:
 
     step: int = 0
     each: Sequence[PNG] = field(default_factory=list)
+
+
+class Drawn(Protocol):
+    """A picture that can be made into a file."""
+
+    @property
+    def caption(self) -> str: ...
+    def png(self) -> bytes: ...
+
+
+def pictures_of(step: int, drawn: Sequence[Drawn]) -> Pictures:
+    return Pictures(step, [PNG(each.png(), each.caption) for each in drawn])
 
 
 def write_pictures(folder: Path, pictures: Pictures) -> None:

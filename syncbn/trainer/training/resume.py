@@ -1,9 +1,13 @@
 """What a run leaves for the process that goes on with it, and how that one finds it."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from syncbn.trainer import environment
 from syncbn.trainer.data import Data
@@ -11,8 +15,10 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs.checkpoint import Checkpoints, Damaged, parse, pointed, read
 from syncbn.trainer.runs.folder import RunFolder, differences
-from syncbn.trainer.training.state import State, Training
+from syncbn.trainer.training.state import State, Training, best_weights
 from syncbn.trainer.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Shelf(Protocol):
@@ -58,6 +64,26 @@ class Start:
         """In what the data differs from what the state was trained on."""
         before, now = self.state["data"], data.fingerprint
         return [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name)]
+
+    @property
+    def best_weights(self) -> dict[str, Tensor]:
+        """Those that were evaluated: of the average, if there is one."""
+        return best_weights(self.state)
+
+    def refuse_other_classes(self, data: Data) -> None:
+        """Raise UserError if the data has another number of classes; warn of any other difference."""
+        classes = self.state["classes"]
+        if len(data.classes) != len(classes):
+            raise UserError(
+                f"{self.path} tells {len(classes)} classes apart and the data has {len(data.classes)}: "
+                "give data with the classes that it was trained on"
+            )
+        changed = self.changed(data)
+        if data.classes != classes:
+            before, now = (shorten(", ".join(names), 80, placeholder=" ...") for names in (classes, data.classes))
+            changed.append(f"classes {before} -> {now}, taken in this order")
+        if changed:
+            log.warning("the data is not that of %s (%s)", self.path, ", ".join(changed))
 
     def take_up(self, training: Training, ranks: World, *, seed: int) -> None:
         """Put the training where the state was left. No rank speaks to another. UserError: it is another's state."""
@@ -109,8 +135,10 @@ def find_at(path: Path, ranks: World) -> Start:
 def load(path: Path) -> tuple[Path, State]:
     """The checkpoint in a file or at a pointer, or the latest in a run's folder.
 
-    Raises UserError if there is none that is whole.
+    Raises UserError if there is none that is whole, or if the path is what checkpoint.resume has for none.
     """
+    if str(path) in ("auto", "none", "."):
+        raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
     path, payload = _at(path)
     return path, parse(payload)
 

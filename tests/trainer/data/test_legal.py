@@ -9,7 +9,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.images import image_folder

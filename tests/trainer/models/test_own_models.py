@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from syncbn.trainer import models
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
-from syncbn.trainer.job.diagnosis import explained
 from syncbn.trainer.models import ModelConfig
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
+from syncbn.trainer.rank.diagnosis import explained
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks

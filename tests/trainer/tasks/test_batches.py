@@ -6,8 +6,9 @@ import torch
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import sources
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.batch_size import stepper
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.batch_size import stepper
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks import Loss
 from syncbn.trainer.training import loop
 from tests.launch.jobs import PYTHON, finished

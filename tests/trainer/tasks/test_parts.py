@@ -11,8 +11,9 @@ from syncbn.trainer import norms
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.batch_size import stepper
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.batch_size import stepper
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training import loop
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.loop import optimiser_step

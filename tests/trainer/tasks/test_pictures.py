@@ -8,7 +8,8 @@ from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import SHOWN, Batch
-from syncbn.trainer.job.build import assemble, build
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks

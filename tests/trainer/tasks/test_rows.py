@@ -5,7 +5,7 @@ import torch
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import build
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks import Metric, Task
 from syncbn.trainer.training.evaluation import evaluate
 from syncbn.trainer.training.options import TrainConfig

@@ -10,8 +10,9 @@ from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.training import loop, optim
 from syncbn.trainer.training.bad_steps import GROW, Guard

@@ -6,8 +6,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from syncbn.trainer.config import typed
-from syncbn.trainer.job.build import assemble, build
-from syncbn.trainer.job.diagnosis import graph_break
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
+from syncbn.trainer.rank.diagnosis import graph_break
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
 from tests.trainer.training.test_loop import Log, world_of

@@ -13,8 +13,9 @@ from syncbn.drift import observer
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training import cuda_graph, loop
 from syncbn.trainer.training.cuda_graph import Captured
 from tests.ranks import run_ranks

@@ -16,9 +16,10 @@ from syncbn.trainer import norms
 from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.norms import NormConfig, Place
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.runs.record import Record
 from syncbn.trainer.training import drift, loop
 from tests.ranks import run_ranks

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.training import drift, evaluation, loop
 from syncbn.trainer.world import World
 from tests.ranks import run_ranks

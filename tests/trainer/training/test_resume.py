@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from syncbn.trainer.config import typed
-from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.runs.checkpoint import copied
 from syncbn.trainer.training import drift, loop
 from syncbn.trainer.training.resume import Start

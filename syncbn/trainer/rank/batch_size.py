@@ -8,14 +8,15 @@ from statistics import median
 
 import torch
 
-from syncbn.trainer import norms
+from syncbn.trainer import data, norms
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import Parts, build
-from syncbn.trainer.job.diagnosis import is_out_of_memory
+from syncbn.trainer.rank.build import Parts, build
+from syncbn.trainer.rank.diagnosis import is_out_of_memory
 from syncbn.trainer.training import optim
 from syncbn.trainer.training.evaluation import autocast
 from syncbn.trainer.training.loop import only
+from syncbn.trainer.training.resume import Start
 from syncbn.trainer.world import World
 
 SMALLEST = 2  # one image of 1×1 pixels in the last layers has no variance
@@ -27,7 +28,7 @@ Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
-class Found:
+class Speed:
     """The images of a forward on each rank, and those that all ranks trained in a second with it, but for DDP."""
 
     batch_per_rank: int
@@ -37,8 +38,10 @@ class Found:
         return f"{self.batch_per_rank} images a rank, {self.images_per_s:.0f} images/s before gradients are shared"
 
 
-def global_batch(config: Config, ranks: World) -> int:
-    """The global batch that data.batch_per_rank=auto comes to on these ranks. Collective."""
+def settled(config: Config, ranks: World, start: Start | None) -> Config:
+    """The config with a number for data.batch_per_rank=auto, unless a start has its global batch. Collective."""
+    if config.data.batch_per_rank != data.AUTO or (start and start.global_batch):
+        return config
     alone = replace(
         config,
         data=replace(config.data, batch_per_rank=1),
@@ -47,13 +50,13 @@ def global_batch(config: Config, ranks: World) -> int:
     )
     with ranks.together():
         parts = build(alone, ranks)
-    found = batch_per_rank(parts, config, ranks)
+    best = batch_per_rank(parts, config, ranks)
     if ranks.rank == 0:
-        print(f"data.batch_per_rank=auto: {found}", flush=True)
-    return found.batch_per_rank * ranks.size
+        print(f"data.batch_per_rank=auto: {best}", flush=True)
+    return replace(config, data=replace(config.data, batch_per_rank=best.batch_per_rank))
 
 
-def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = time.perf_counter) -> Found:
+def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = time.perf_counter) -> Speed:
     """Try 2, 4, 8, ... images a rank in whole steps, until memory is short or, on a CPU, nothing is gained any more.
 
     Each rank tries by itself, with all others at the same time; what does not fit on one fits on none.
@@ -67,7 +70,7 @@ def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = ti
         take_step = stepper(parts, config, ranks)
     images = len(parts.data.train.loader.dataset)  # pyright: ignore[reportArgumentType]
     most = max(SMALLEST, images // (ranks.size * config.train.accumulate))
-    best: Found | None = None
+    best: Speed | None = None
     batch = SMALLEST
     while batch <= most:
         with ranks.together():
@@ -75,7 +78,7 @@ def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = ti
         speeds = ranks.everyone(speed)
         if not all(speeds):
             break
-        seen = Found(batch, sum(speeds))
+        seen = Speed(batch, sum(speeds))
         if best and ranks.device.type != "cuda" and seen.images_per_s < WORTH * best.images_per_s:
             break
         best = seen

@@ -10,8 +10,8 @@ from torch import nn
 from syncbn.trainer import data, tasks
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job import batch_size
-from syncbn.trainer.job.build import Parts
+from syncbn.trainer.rank import batch_size
+from syncbn.trainer.rank.build import Parts
 from tests.launch.jobs import PYTHON, differing, figures, finished, state
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world

@@ -1,63 +1,18 @@
-"""From the config to objects: data, model and task, and what trains them."""
+"""What each rank has built, joined over the ranks into what trains."""
 
-from dataclasses import dataclass, field
-
-import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.trainer import data, environment, models, norms, tasks, world
+import syncbn
+from syncbn.trainer import norms, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.training import cuda_graph, optim
+from syncbn.trainer.rank.build import Parts
+from syncbn.trainer.training import drift, optim
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.ema import Average
-from syncbn.trainer.training.resume import Start
 from syncbn.trainer.training.state import Training, seed_generators
 from syncbn.trainer.training.totals import Totals
 from syncbn.trainer.world import World
-
-
-@dataclass
-class Parts:
-    """What each rank builds alone, and notes for the user: of images left out and weights loaded."""
-
-    data: data.Data
-    model: nn.Module
-    converted: norms.Converted
-    task: tasks.Task
-    notes: list[str] = field(default_factory=list)
-
-
-def build(config: Config, ranks: World, start: Start | None = None, auto_batch: int | None = None) -> Parts:
-    """Data, model and task. No rank speaks to another here.
-
-    auto_batch: the global batch that data.batch_per_rank=auto came to. A start of this run's own keeps its own.
-    """
-    if config.train.cuda_graph:
-        cuda_graph.prepare(ranks.device)
-    seed_generators(config.seed)
-    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    needs = tasks.build(config.task)
-    images = data.build(
-        config.data,
-        ranks,
-        seed=config.seed,
-        accumulate=config.train.accumulate,
-        memory_format=memory_format,
-        global_batch=(start and start.global_batch) or auto_batch,
-        start=start.state["step"] if start else 0,
-        targets=needs.targets,
-        stacked=needs.stacked,
-    )
-    notes = [*images.notes]
-    task = tasks.build(config.task, images.classes)
-    model = models.build(config.model, task.outputs or len(images.classes), notes.append).to(ranks.device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    place = norms.Place(ranks.device, ranks.size, environment.local_size(), images.global_batch)
-    model, converted = norms.convert(model, config.norm, place)
-    return Parts(images, model, converted, task, notes)
 
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
@@ -106,3 +61,10 @@ def refuse_unfit_parts(parts: Parts, config: Config) -> None:
             "has to find out what takes part in each loss, which no graph can hold; train.cuda_graph=false",
             on_every_rank=True,
         )
+
+
+def watch_statistics(training: Training, parts: Parts, config: Config) -> None:
+    """Have drift and a rank that does not come be noticed, as the config says. Collective."""
+    training.drift = drift.monitor(parts.model, config.drift, expected=norms.NORMS[config.norm.name].running)
+    training.recalibrate = config.eval.recalibrate
+    training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from syncbn.trainer.job import agreement
+from syncbn.trainer.rank import agreement
 
 DIFFERENCES = {
     "alike": ([{"torch": "2", "words": ["a", "b"]}, {"torch": "2", "words": ["b", "a"]}], None),
@@ -32,4 +32,4 @@ def test_a_process_tells_its_packages_code_and_words():
     traits = agreement.traits()
     assert traits["python"].startswith("3.")
     assert traits["torch"][0].isdecimal()
-    assert any(part.startswith("trainer/job/agreement.py (") for part in traits["syncbn's code"])
+    assert any(part.startswith("trainer/rank/agreement.py (") for part in traits["syncbn's code"])

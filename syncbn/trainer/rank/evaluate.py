@@ -1,28 +1,19 @@
 """A checkpoint evaluated by itself: the figures that its run had last, or those on other data. It leaves nothing."""
 
-import json
-import logging
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 
 from syncbn.trainer import models, norms
 from syncbn.trainer.config import Config
-from syncbn.trainer.data import Data
 from syncbn.trainer.display.screen import Screen
-from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.agreement import refuse_other_data
-from syncbn.trainer.job.build import Parts, build
-from syncbn.trainer.job.log import log_to
+from syncbn.trainer.log import log_to
+from syncbn.trainer.rank.build import Parts, build_together
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.metric import headline, in_words
 from syncbn.trainer.training import resume
 from syncbn.trainer.training.evaluation import evaluate_all
 from syncbn.trainer.training.resume import Start
-from syncbn.trainer.training.state import best_weights
 from syncbn.trainer.world import World
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(config: Config, ranks: World) -> int:
@@ -31,10 +22,8 @@ def evaluate(config: Config, ranks: World) -> int:
     reduced = needed(config)
     norms.refuse_misfit(reduced.norm, ranks.size)
     start = resume.find_at(Path(config.checkpoint.resume), ranks)
-    with ranks.together():
-        parts = build(reduced, ranks, start if config.eval.recalibrate else None)
-        take_over(parts, start, config)
-    refuse_other_data(parts.data, ranks)
+    own = start if config.eval.recalibrate else None
+    parts = build_together(reduced, ranks, own, lambda parts: take_over(parts, start, config))
     show(parts, start, config, ranks)
     return ranks.from_rank_0(0)
 
@@ -57,8 +46,8 @@ def take_over(parts: Parts, start: Start, config: Config) -> None:
 
     Raises UserError if the classes are not as many, or the model is another. Other data is told in a warning.
     """
-    compare(parts.data, start)
-    weights = best_weights(start.state) if averaged(start, config) else start.state["model"]
+    start.refuse_other_classes(parts.data)
+    weights = start.best_weights if averaged(start, config) else start.state["model"]
     models.load_all(parts.model, weights, config.model.name, start.path)
     if config.train.compile and not averaged(start, config):  # as in training
         parts.model.compile(fullgraph=True)
@@ -69,33 +58,15 @@ def averaged(start: Start, config: Config) -> bool:
     return bool(start.state["average"] and config.train.ema)
 
 
-def compare(data: Data, start: Start) -> None:
-    """Refuse data with another number of classes than the checkpoint's, and warn of any other difference."""
-    classes = start.state["classes"]
-    if len(data.classes) != len(classes):
-        raise UserError(
-            f"{start.path} tells {len(classes)} classes apart and the data has {len(data.classes)}: "
-            "give data with the classes that it was trained on"
-        )
-    changed = start.changed(data)
-    if data.classes != classes:
-        before, now = (shorten(", ".join(names), 80, placeholder=" ...") for names in (classes, data.classes))
-        changed.append(f"classes {before} -> {now}, taken in this order")
-    if changed:
-        log.warning("the data is not that of %s (%s)", start.path, ", ".join(changed))
-
-
 def show(parts: Parts, start: Start, config: Config, ranks: World) -> None:
     """Evaluate, show the figures, and leave them where the launcher looks for them. Collective."""
     recalibrate = config.eval.recalibrate
     figures = evaluate_all(parts.model, parts.task, parts.data, config.train, ranks, recalibrate=recalibrate)
     if ranks.rank > 0:
         return
-    result = RunFolder(config.run).result
-    result.parent.mkdir(parents=True)
-    result.write_text(
-        json.dumps({"objective": figures[f"eval/{headline(parts.task.metrics).name}"], "metrics": figures})
-    )
+    folder = RunFolder(config.run)
+    folder.path.mkdir(parents=True)
+    folder.write_result({"objective": figures[f"eval/{headline(parts.task.metrics).name}"], "metrics": figures})
     Screen(0).close(
         {
             **in_words({name: v for name, v in figures.items() if name.startswith("eval/")}, parts.task.metrics),

@@ -5,8 +5,9 @@ from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.job.build import assemble, build
-from syncbn.trainer.job.diagnosis import explained
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
+from syncbn.trainer.rank.diagnosis import explained
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.training.test_loop import world_of

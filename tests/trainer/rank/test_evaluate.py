@@ -11,7 +11,7 @@ from syncbn.trainer import config
 from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job import launch
-from syncbn.trainer.job.evaluate import evaluate
+from syncbn.trainer.rank.evaluate import evaluate
 from syncbn.trainer.runs.checkpoint import parse, read, write
 from syncbn.trainer.runs.folder import flat
 from syncbn.trainer.training.resume import load

@@ -3,23 +3,16 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import syncbn
-from syncbn.trainer import data, norms, world
+from syncbn.trainer import norms, world
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.errors import FAILED, PREEMPTED
-from syncbn.trainer.job import batch_size
-from syncbn.trainer.job.agreement import refuse_other_data
-from syncbn.trainer.job.build import assemble, build
-from syncbn.trainer.job.diagnosis import explained
-from syncbn.trainer.job.log import log_to
-from syncbn.trainer.job.rank0 import Watch
+from syncbn.trainer.rank.diagnosis import explained
+from syncbn.trainer.rank.ready import ready
 from syncbn.trainer.runs import lock
 from syncbn.trainer.runs.folder import RunFolder
-from syncbn.trainer.training import drift, resume
-from syncbn.trainer.training.loop import fit, settle_buckets
+from syncbn.trainer.training.loop import fit
 from syncbn.trainer.training.preemption import Preempted, Stop
 from syncbn.trainer.training.resume import Keeper
-from syncbn.trainer.training.state import Training
 from syncbn.trainer.world import World
 
 
@@ -30,7 +23,7 @@ def train(config: Config, ranks: World) -> int:
     stop.listen()
     folder = RunFolder(config.run)
     with own(folder, config, ranks):
-        training, watch = ready(folder, config, ranks)
+        config, training, watch = ready(folder, config, ranks)
         intervals = {"save_every": config.checkpoint.every, "drift_every": config.drift.every}
         try:
             fit(training, config.train, ranks, watch, Keeper(ranks, watch), **intervals, stop=stop)
@@ -65,31 +58,3 @@ def own(folder: RunFolder, config: Config, ranks: World) -> Iterator[None]:
                 until_left.enter_context(lock.held(folder.path, longest_s=ranks.timeout_s / 2))
                 folder.refuse_other(settings)
         yield
-
-
-def ready(folder: RunFolder, config: Config, ranks: World) -> tuple[Training, Watch | None]:
-    """What trains, where the run was left or at its beginning, and rank 0's eyes on it. Collective."""
-    settings = as_dict(config)
-    start = resume.find(config.checkpoint.resume, folder, settings, ranks)
-    kept = start and start.global_batch
-    wanted = config.data.batch_per_rank == data.AUTO and not kept
-    auto_batch = batch_size.global_batch(config, ranks) if wanted else None
-    with ranks.together():
-        parts = build(config, ranks, start, auto_batch)
-        if start:
-            start.refuse_changed(parts.data)
-    refuse_other_data(parts.data, ranks)
-    training = assemble(parts, config, ranks)
-    with ranks.together():
-        if ranks.rank == 0:
-            folder.go_on() if start and start.own else folder.create(settings)
-    log_to(folder.logs / f"rank{ranks.rank}.log", warn=ranks.rank == 0)
-    training.drift = drift.monitor(parts.model, config.drift, expected=norms.NORMS[config.norm.name].running)
-    training.recalibrate = config.eval.recalibrate
-    training.desync = syncbn.DesyncMonitor(parts.model, patience_s=config.launch.timeout_s / 2, fingerprints=False)
-    if start:
-        settle_buckets(training, config.train, ranks)
-        with ranks.together():
-            start.take_up(training, ranks, seed=config.seed)
-    watch = Watch(folder, config, ranks, parts, training, start and start.watch) if ranks.rank == 0 else None
-    return training, watch

@@ -118,6 +118,6 @@ def _some(parts: Sequence[str]) -> str:
 
 @cache
 def _files(folder: Path, pattern: str) -> list[str]:
-    """The files of a folder, each with what is in it: "trainer/job/run.py (1a2b3c4d)"."""
+    """The files of a folder, each with what is in it: "trainer/rank/train.py (1a2b3c4d)"."""
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob(pattern))}
     return [f"{path.relative_to(folder)} ({digest[:8]})" for path, digest in digests.items()]

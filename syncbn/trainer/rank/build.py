@@ -1,0 +1,66 @@
+"""What each rank builds of the config by itself: data, task and model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from syncbn.trainer import data, environment, models, norms, tasks
+from syncbn.trainer.config import Config
+from syncbn.trainer.rank.agreement import refuse_other_data
+from syncbn.trainer.training import cuda_graph
+from syncbn.trainer.training.resume import Start
+from syncbn.trainer.training.state import seed_generators
+from syncbn.trainer.world import World
+
+
+@dataclass
+class Parts:
+    """What each rank builds alone, and notes for the user: of images left out and weights loaded."""
+
+    data: data.Data
+    model: nn.Module
+    converted: norms.Converted
+    task: tasks.Task
+    notes: list[str] = field(default_factory=list)
+
+
+def build_together(config: Config, ranks: World, start: Start | None, check: Callable[[Parts], None]) -> Parts:
+    """Build on all ranks or on none, and be sure that all have the same data. Collective.
+
+    check: raises UserError for parts that will not do; no rank speaks to another in it.
+    """
+    with ranks.together():
+        parts = build(config, ranks, start)
+        check(parts)
+    refuse_other_data(parts.data, ranks)
+    return parts
+
+
+def build(config: Config, ranks: World, start: Start | None = None) -> Parts:
+    """Data, model and task. No rank speaks to another here. start: one of this run's own keeps its global batch."""
+    if config.train.cuda_graph:
+        cuda_graph.prepare(ranks.device)
+    seed_generators(config.seed)
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    needs = tasks.build(config.task)
+    images = data.build(
+        config.data,
+        ranks,
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        memory_format=memory_format,
+        global_batch=start and start.global_batch,
+        start=start.state["step"] if start else 0,
+        targets=needs.targets,
+        stacked=needs.stacked,
+    )
+    notes = [*images.notes]
+    task = tasks.build(config.task, images.classes)
+    model = models.build(config.model, task.outputs or len(images.classes), notes.append).to(ranks.device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    place = norms.Place(ranks.device, ranks.size, environment.local_size(), images.global_batch)
+    model, converted = norms.convert(model, config.norm, place)
+    return Parts(images, model, converted, task, notes)

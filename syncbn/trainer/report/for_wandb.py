@@ -1,0 +1,20 @@
+"""What W&B is given of a report: its heat maps, as pictures and as tables."""
+
+from pathlib import Path
+from typing import Any
+
+from syncbn.trainer.report import plots
+from syncbn.trainer.report.page import heat_maps
+from syncbn.trainer.runs.reader import read
+
+Tables = dict[str, tuple[list[str], list[list[Any]]]]
+"""By name: the names of columns, and rows."""
+
+
+def maps_of(folder: Path) -> tuple[dict[str, Any], Tables]:
+    """Pictures and tables of the heat maps of the run in a folder, by the names that W&B is to have for them."""
+    pictures, tables = {}, {}
+    for name, (grid, figure) in heat_maps(read(folder)).items():
+        pictures[f"drift/map_{name}"] = plots.picture(figure)
+        tables[f"drift/by_{name}"] = (["layer", grid.along, name], grid.cells())
+    return pictures, tables
