@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from syncbn.drift import statistics
+from syncbn.drift.f_distribution import log_f_tail
 from syncbn.drift.statistics import Layers, Offsets, Sums
-from syncbn.drift.tails import log_f_tail
 
 # Of the mean, squared: what float32 takes for a constant
 _CONSTANT = 1e-12

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import collectives
-from syncbn.drift import fit, verdicts
+from syncbn.drift import compatibility, verdicts
+from syncbn.drift.compatibility import Level, observed
 from syncbn.drift.figures import Traits, apart, chance, figures, sizes
-from syncbn.drift.fit import Level, observed
+from syncbn.drift.fingerprints import Fingerprints
 from syncbn.drift.observer import LocalObserver, stores
-from syncbn.drift.prints import Prints
 from syncbn.drift.statistics import Layers, Sums
 from syncbn.drift.verdicts import Evidence, Reading, Verdict
 from syncbn.drift.windows import ENOUGH, Windows
@@ -70,19 +70,19 @@ class DriftMonitor:
     """
 
     def __init__(self, model: nn.Module, *, level: Level = "image", alpha: float = 1e-3, horizon: int = 10):
-        fit.check(level, alpha, horizon)
+        compatibility.check_options(level, alpha, horizon)
         self._modules, self._everyone = observed(model), collectives.everyone()
         self._level: Level = level
         self._alpha = alpha
         self._ranks = 1 if self._everyone is None else self._everyone.size()
-        fit.agree(self._modules, level, self._everyone)
+        compatibility.agree_on_layers(self._modules, level, self._everyone)
         layers = list(self._modules.values())
         self._stores = stores([layer for layer in layers if isinstance(layer, SyncBatchNorm)], level == "image")
         self._local = [LocalObserver(one, level == "image") for one in layers if not isinstance(one, SyncBatchNorm)]
         if not layers:
             self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
             return
-        self._layers, self._prints = Layers([layer.num_features for layer in layers]), Prints(layers)
+        self._layers, self._fingerprints = Layers([layer.num_features for layer in layers]), Fingerprints(layers)
         self._windows = Windows(self._layers, horizon)
         self._hidden: set[str] = set()
         self._said: set[str] = set()
@@ -114,7 +114,7 @@ class DriftMonitor:
 
         It waits for the device, and is no collective: "shared" of any one rank goes with "own" of each.
         """
-        shared = {"layers": fit.channels(self._modules), "level": self._level}
+        shared = {"layers": compatibility.channels(self._modules), "level": self._level}
         if not self._modules:
             return {"shared": shared, "own": None}
         windows, mine = self._windows.state()
@@ -141,7 +141,7 @@ class DriftMonitor:
         Not a collective, but every rank loads, at the same step.
         """
         shared, own = state["shared"], state["own"]
-        fit.refuse_others(shared, self._modules, self._level, self._ranks if own is not None else None)
+        compatibility.check_state(shared, self._modules, self._level, self._ranks if own is not None else None)
         if not self._modules:
             return
         self._forwards, self._hidden = shared["forwards"].clone(), set(shared["hidden"])
@@ -178,7 +178,7 @@ class DriftMonitor:
             summed = together.split([m.numel() for m in messages])
             read |= {one.layer: one.read(s.view_as(m)) for one, s, m in zip(self._local, summed, messages, strict=True)}
         sums = self._layers.pack([read[layer] for layer in self._modules.values()])
-        marks = self._prints.read(sums.device)
+        marks = self._fingerprints.take(sums.device)
         packed = torch.cat([sums, marks.flatten().view(torch.float64)]).cpu()
         sums, marks = packed.split([packed.numel() - marks.numel(), marks.numel()])
         return sums, marks.view(torch.int64).view(-1, 2)

@@ -8,9 +8,9 @@ from scipy import stats
 from torch.testing import assert_close
 
 from syncbn.drift import statistics
+from syncbn.drift.f_distribution import log_f_tail
 from syncbn.drift.figures import Traits, apart, chance, figures
 from syncbn.drift.statistics import Layers, Offsets, Running, Sums, add_up
-from syncbn.drift.tails import log_f_tail
 from syncbn.moments import Moments
 
 RUNS = 10_000  # each is a channel: channels do not meet

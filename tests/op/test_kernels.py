@@ -338,7 +338,7 @@ class Fails:
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input", "merge", "update_running"])
 def test_a_kernel_that_does_not_compile_is_found_before_training(name):
     triton.probe(torch.device(DEVICE))
-    owner = next(room for room in (triton.forward, triton.backward, triton.steps) if hasattr(room, name))
+    owner = next(room for room in (triton.forward, triton.backward, triton.statistics) if hasattr(room, name))
     with patch.object(owner, name, Fails(name)), pytest.raises(RuntimeError, match=f"{name} does not compile"):
         triton.probe(torch.device(DEVICE))
 
