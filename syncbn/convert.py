@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, checked
+from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, check_reduction
 from syncbn.fuse import change_class, fuse_calls, fused_calls, unfuse
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import OF_THIS_PROCESS, SyncBatchNorm
@@ -97,7 +97,7 @@ def convert(
         ValueError: group or reduction is none, or a pattern matches no batch norm layer. Then nothing was changed.
     """
     spec = Spec(group)
-    checked(reduction)
+    check_reduction(reduction)
     found = _batch_norms(model)
     selected = _selected(found, include, exclude)
     plan, left = [], {}

@@ -81,7 +81,7 @@ def sync_batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
-    exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
+    exchange = Exchange(collectives.resolve_once(group, samples), collectives.check_reduction(reduction))
     channels = x.size(1) if x.dim() > 1 else 0
     y, stats = batch_norm(x, weight, bias, mask, residual, channels, Call(exchange, eps, activation))
     return y, unpacked(stats)[0]

@@ -99,7 +99,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def synchronise(self, group: Group | Spec, reduction: Reduction = "auto") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
-        self.reduction = collectives.checked(reduction)
+        self.reduction = collectives.check_reduction(reduction)
         self.group = group
         keep_buffers_precise(self)
 

@@ -294,7 +294,7 @@ def agreements(rank, x):
 
     from syncbn import convert
 
-    with patch.object(collectives, "gather_objects", wraps=collectives.gather_objects) as agree:
+    with patch.object(collectives.log_time, "gather_objects", wraps=collectives.gather_objects) as agree:
         net = convert(nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(4)]), group=2)
         for model in net, copy.deepcopy(net):
             model(x[rank])
@@ -352,10 +352,10 @@ def test_a_group_of_nccl_is_asked_for_with_the_same_timeout():
     timeout = timedelta(seconds=TIMEOUT_S)
     with (
         patch.object(dist, "get_backend", return_value="nccl"),
-        patch.object(collectives, "_timeout", return_value=timeout),
+        patch.object(collectives.process_groups, "timeout_of", return_value=timeout),
         patch.object(dist, "new_group") as new_group,
     ):
-        collectives._new_group((0, 1))
+        collectives.process_groups.new_group((0, 1))
     given = new_group.call_args.kwargs
     assert given["timeout"] == timeout
     assert given.get("pg_options") is None

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from syncbn import collectives, shared_memory
+from syncbn.collectives import memory as memory_of_groups
 from syncbn.shared_memory import agreement
 from tests.launch.hosts import needs_namespaces, two_hosts
 from tests.messages import LEADERS, recorded
@@ -62,7 +63,7 @@ def fresh_group():
 
 def mailbox_of(group):
     collectives.resolve_once(group, 0)
-    return collectives._memories[group].mailbox
+    return memory_of_groups.memories[group].mailbox
 
 
 def row_of(rank, turn, length):
@@ -257,8 +258,8 @@ def agreed_when(rank, how):
         collectives.resolve_once(group, 0)
     message = torch.full((5,), 1.0 + rank, dtype=torch.float64)
     with recorded() as sent:
-        collectives._add(message, group, "auto")
-    return collectives._memories[group] is not None, [str(w.message) for w in told], message[4].item(), len(sent)
+        collectives.messages.sum_message(message, group, "auto")
+    return memory_of_groups.memories[group] is not None, [str(w.message) for w in told], message[4].item(), len(sent)
 
 
 def everything_fits(rank):
@@ -507,9 +508,9 @@ def failing_leader(rank):
     group = fresh_group()
     with host_of("aabb"[rank]):
         collectives.resolve_once(group, 0)
-    memory = collectives._memories[group]
+    memory = memory_of_groups.memories[group]
     try:
-        with patch.object(collectives, "_all_reduce", side_effect=RuntimeError("[gloo] Connection closed by peer")):
+        with patch.object(memory_of_groups, "all_reduce", side_effect=RuntimeError("[gloo] Connection closed by peer")):
             memory.add(torch.zeros(3, dtype=torch.float64))
     except RuntimeError as error:
         return str(error)
@@ -530,7 +531,7 @@ rank, world = int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
 layer = SyncBatchNorm(1, dtype=torch.float64)
 layer(torch.tensor([[0.0], [4.0 * rank]], dtype=torch.float64))
-(memory,) = [memory for group, memory in collectives._memories.items()]
+(memory,) = collectives.memory.memories.values()
 shared = memory and (memory.hosts, memory.mailbox is not None, memory.leaders is not None)
 sys.stdout.write(f"{layer.running_mean.item()} {shared}\\n")
 sys.stdout.flush()
@@ -662,7 +663,7 @@ def dies_anywhere(rank, queue):
         return real(value, group)
 
     try:
-        with patch.object(collectives, "gather_objects", gather):
+        with patch.object(collectives.log_time, "gather_objects", gather):
             mailbox_of(fresh_group())
     except RuntimeError as error:
         queue.put(str(error))
@@ -745,8 +746,8 @@ def born_again(rank, queue, path):
             dist.init_process_group("gloo", f"file://{path}-{life}", rank=rank, world_size=2)
         group = collectives.resolve_once("world", 0)
         message = torch.ones(3, dtype=torch.float64)
-        collectives._add(message, group, "auto")
-        totals.append((message[0].item(), collectives._memories[group] is not None, len(collectives._memories)))
+        collectives.messages.sum_message(message, group, "auto")
+        totals.append((message[0].item(), memory_of_groups.memories[group] is not None, len(memory_of_groups.memories)))
     queue.put(totals)
 
 

@@ -66,7 +66,7 @@ def train(rank, overrides, captured):
         # and all messages are torch's, of which a tape knows
         patch.setattr(observer, "_is_recorded", lambda x: True)
         patch.setattr(kernels, "choose", lambda x: kernels.eager)
-        patch.setattr(collectives, "_may_share_memory", lambda message, reduction: False)
+        patch.setattr(collectives.messages, "may_share_memory", lambda message, reduction: False)
         loop.fit(training, replace(config.train, cuda_graph=captured), world, log, log, capture=capture)
     assert all(replay() is None for _, replay in captures), "NCCL would wait for the graph that fit has left behind"
     log.lines = [(step, {k: v for k, v in figures.items() if k not in TIMES}) for step, figures in log.lines]

@@ -44,7 +44,7 @@ class Mailbox:
 Mailboxes = dict[tuple[ProcessGroup, int], Mailbox | None]
 
 
-def mailbox(
+def mailbox_of(
     opened: Mailboxes, group: ProcessGroup, row: Tensor, gather_objects: Callable[[Any, ProcessGroup], list[Any]]
 ) -> Mailbox | None:
     """The group's mailbox for rows such as this, or None where its ranks are not on different GPUs of one node.
