@@ -20,7 +20,7 @@ from syncbn.collectives.messages import (
     share_moments,
     share_sums,
 )
-from syncbn.collectives.process_groups import Group, Spec, resolve, resolve_once
+from syncbn.collectives.process_groups import Group, Spec, check_group, resolve, resolve_once
 from syncbn.collectives.world import available, everyone, ranks_of, store
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Spec",
     "Witness",
     "available",
+    "check_group",
     "check_reduction",
     "everyone",
     "form",

@@ -63,6 +63,12 @@ class Spec:
         return Spec, (self.group if self.plain is not None else tuple(dist.get_process_group_ranks(self.handle())),)
 
 
+def check_group(group: Group) -> Group:
+    """group, or ValueError where it is none, by itself: whether the ranks' fit together shows when they meet."""
+    Spec(group)
+    return group
+
+
 class _World(NamedTuple):
     """The default group, our own communicator over its ranks, and what was agreed on in it."""
 

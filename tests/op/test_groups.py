@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn import SyncBatchNorm, collectives, sync_batch_norm
+from syncbn import SyncBatchNorm, check_group, collectives, group_size, sync_batch_norm
 from syncbn.groups import Place, divide, plain
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
@@ -132,8 +132,9 @@ def test_groups_that_do_not_fit_are_one_error_on_every_rank(groups, error):
     "group", ["galaxy", "", 0, -1, True, 2.0, None, [], [0, 0], ["a"], {}, {"samples": 0}, {"images": 4}], ids=str
 )
 def test_what_is_no_group_is_refused_at_once(group):
-    with pytest.raises(ValueError, match=r"group is .*: give 'world', 'node', a number of ranks"):
-        SyncBatchNorm(3, group=group)
+    for refuse in check_group, lambda group: SyncBatchNorm(3, group=group):
+        with pytest.raises(ValueError, match=r"group is .*: give 'world', 'node', a number of ranks"):
+            refuse(group)
 
 
 def outside(rank):
@@ -174,6 +175,34 @@ def test_division_of_a_world():
     assert divide([Place(plain({"samples": 64}), "a", 1)] * 2) == [(0, 1)] * 2  # too few in all: all
     uneven = [Place(plain({"samples": 4}), "a", n) for n in (1, 1, 1, 1, 40, 40)]
     assert divide(uneven) == [tuple(range(6))] * 6  # 4 and 2 ranks would do, but 4 divides not 6
+
+
+SIZES = {
+    "world": ("world", {}, 6),
+    "node": ("node", {"node_ranks": 2}, 2),
+    "k": (3, {}, 3),
+    "list": ([3, 5], {}, 2),
+    "samples": ({"samples": 5}, {"samples": 2}, 3),
+    "too-few-samples": ({"samples": 50}, {"samples": 2}, 6),
+}
+
+
+@pytest.mark.parametrize(("group", "job", "size"), SIZES.values(), ids=SIZES)
+def test_a_groups_size_is_known_before_the_job_runs(group, job, size):
+    assert group_size(group, 6, **job) == size
+
+
+@pytest.mark.parametrize(
+    ("group", "why"), [(4, "must divide the number of ranks, 6"), ([6], "ranks are 0 to 5"), ("nod", "give 'world'")]
+)
+def test_a_group_that_does_not_fit_has_no_size(group, why):
+    with pytest.raises(ValueError, match=why):
+        group_size(group, 6)
+
+
+@pytest.mark.parametrize("group", ["world", "node", 3, [0, 2], {"samples": 8}], ids=str)
+def test_a_group_passes_its_check(group):
+    assert check_group(group) is group
 
 
 def copies(rank, spec, xs, dys):

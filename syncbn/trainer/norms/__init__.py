@@ -61,13 +61,12 @@ def _told(value: Any) -> str:
 
 
 def _is_group(group: Any) -> bool:
-    if isinstance(group, Mapping):
-        return group.keys() == {"samples"} and _is_count(group["samples"])
-    return group in ("world", "node") if isinstance(group, str) else _is_count(group)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Whether it is one that every rank can ask for alike: a list of ranks is for its members alone."""
+    try:
+        syncbn.check_group(group)
+    except ValueError:
+        return False
+    return isinstance(group, str | int | Mapping)
 
 
 def _is_momentum(momentum: Any) -> bool:
@@ -94,13 +93,21 @@ class Converted(NamedTuple):
 
 def refuse_misfit(config: NormConfig, ranks: int) -> None:
     """Raise UserError if so many ranks cannot be divided into the groups that the config asks for."""
-    if isinstance(config.group, int) and ranks % config.group:
-        fit = ", ".join(str(group) for group in range(1, ranks + 1) if ranks % group == 0)
+    if not _divides(config.group, ranks):
+        fit = ", ".join(str(group) for group in range(1, ranks + 1) if _divides(group, ranks))
         raise UserError(
             f"norm.group={config.group} does not divide the {ranks} ranks of this job: give it as many ranks as make "
             f"whole groups, or norm.group= one of {fit}, world, node",
             on_every_rank=True,
         )
+
+
+def _divides(group: Any, ranks: int) -> bool:
+    try:
+        syncbn.group_size(group, ranks)
+    except ValueError:
+        return False
+    return True
 
 
 def of_one_rank(config: NormConfig) -> NormConfig:
@@ -140,17 +147,14 @@ def momentum_of(config: NormConfig, place: Place) -> float | None:
 
 def images_of_a_batch(config: NormConfig, place: Place) -> float:
     """The images that a norm takes its statistics of, on average over ranks."""
-    each, group = place.images / place.ranks, config.group
+    each = place.images / place.ranks
     scope = NORMS[config.name].scope
     if scope == "sub-batch":
         return min(each, config.sub_batch)
     if scope != "group":
         return each
-    if isinstance(group, Mapping):
-        divisors = (k for k in range(1, place.ranks + 1) if place.ranks % k == 0)
-        group = next((k for k in divisors if k * (place.images // place.ranks) >= group["samples"]), place.ranks)
-    words: dict[Any, int] = {"world": place.ranks, "node": place.node_ranks}
-    return each * words.get(group, group)
+    samples = place.images // place.ranks
+    return each * syncbn.group_size(config.group, place.ranks, node_ranks=place.node_ranks, samples=samples)
 
 
 def nothing_converted(model: nn.Module) -> str:
