@@ -9,6 +9,7 @@ from syncbn.groups import group_size
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments
+from syncbn.patterns import has_hooks
 from syncbn.recalibrate import recalibrate
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_group",
     "convert",
     "group_size",
+    "has_hooks",
     "recalibrate",
     "revert",
     "sync_batch_norm",

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, convert, recalibrate, revert
+from syncbn import SyncBatchNorm, convert, has_hooks, recalibrate, revert
 from tests.op.test_convert import BatchNormAct2d, Double, state, told
 from tests.ranks import run_ranks
 
@@ -611,6 +611,17 @@ NOT_FUSED = {
     "active": (lambda net: setattr(convert(net).bn1, "activation", "relu"), "bn1", "does relu already"),
     "timm": (lambda net: setattr(net, "bn1", BatchNormAct2d(3)), "bn1", "its forward is its own"),
 }
+
+
+HOOKED = {name: change for name, (change, *_) in NOT_FUSED.items() if "hook" in name}
+
+
+@pytest.mark.parametrize("hook", HOOKED.values(), ids=HOOKED)
+def test_a_hook_of_any_kind_is_noticed(hook):
+    net = block(lambda self, x: self.relu(self.one(x)))
+    assert not any(map(has_hooks, net.children()))
+    hook(net)
+    assert sum(map(has_hooks, net.children())) == 1
 
 
 @pytest.mark.parametrize("change, name, reason", NOT_FUSED.values(), ids=NOT_FUSED)

@@ -81,7 +81,7 @@ def in_chains(model: nn.Module, found: Mapping[nn.Module | None, Found]) -> None
                 continue
             if not isinstance(activation, MODULES):
                 it.linear = True
-            elif type(activation) not in MODULES or _hooked(activation):
+            elif type(activation) not in MODULES or syncbn.has_hooks(activation):
                 it.kept = "it has hooks, or is of a class of its own"
             else:
                 it.alone.append((chain, after))
@@ -89,11 +89,6 @@ def in_chains(model: nn.Module, found: Mapping[nn.Module | None, Found]) -> None
 
 def _is_chain(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(len(one) > 0 for one in hooks)
 
 
 # In the forwards of other modules
