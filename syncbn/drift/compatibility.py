@@ -33,14 +33,14 @@ def check_options(level: str, alpha: float, horizon: int) -> None:
 def agree_on_layers(layers: Mapping[str, Any], level: Level, everyone: ProcessGroup | None) -> None:
     """ValueError, on every rank, if ranks watch different layers or one of them cannot be watched."""
     taken = [name for name, layer in layers.items() if getattr(layer, "observer", None) is not None]
-    told = collectives.gather_objects((level, _described(channels(layers)), taken), everyone)
-    for rank, (theirs_level, theirs, theirs_taken) in enumerate(told):
-        if theirs_level != told[0][0]:
+    reports = collectives.gather_objects((level, _described(channels(layers)), taken), everyone)
+    for rank, (theirs_level, theirs, theirs_taken) in enumerate(reports):
+        if theirs_level != reports[0][0]:
             raise ValueError(
-                f"level is {theirs_level!r} on rank {rank} and {told[0][0]!r} on rank 0: it must be the same"
+                f"level is {theirs_level!r} on rank {rank} and {reports[0][0]!r} on rank 0: it must be the same"
             )
-        if theirs != told[0][1]:
-            differ = sorted(set(theirs) ^ set(told[0][1])) or ["their order"]
+        if theirs != reports[0][1]:
+            differ = sorted(set(theirs) ^ set(reports[0][1])) or ["their order"]
             raise ValueError(f"the models of rank {rank} and rank 0 hold different layers: {differ[0]}")
         if theirs_taken:
             raise ValueError(f"{theirs_taken[0]} is observed already on rank {rank}: close its monitor first")

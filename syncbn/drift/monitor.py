@@ -124,7 +124,7 @@ class DriftMonitor:
             "hidden": sorted(self._hidden),
             "said": sorted(self._said),
         }
-        held = dict(found for store in self._stores for found in store.held())
+        held = dict(pair for store in self._stores for pair in store.held())
         held |= {one.layer: one.held() for one in self._local}
         own = {"windows": mine, "layers": [held[layer] for layer in self._modules.values()]}
         return {"shared": shared, "own": own}
@@ -171,7 +171,7 @@ class DriftMonitor:
 
     def _collect(self) -> tuple[Tensor, Tensor]:
         """This rank's packed Sums, and marks [L, 2] int64 of its running statistics; on the CPU, by one copy."""
-        read = dict(found for store in self._stores for found in store.read())
+        read = dict(pair for store in self._stores for pair in store.read())
         if self._local:
             messages = [one.messages() for one in self._local]
             together = collectives.sum_rows(torch.cat([m.flatten() for m in messages]), self._everyone)
@@ -187,7 +187,7 @@ class DriftMonitor:
         layers, traits = self._layers, self._traits()
         mine, whole = self._windows.together()
         whole = self._seen(whole)
-        found = figures(whole, layers, traits, self._ranks, len(self._windows))
+        by_figure = figures(whole, layers, traits, self._ranks, len(self._windows))
         calm_mine, calm_whole = self._windows.calm()
         likely = chance(calm_mine, self._seen(calm_whole), layers)
         # What is tested: F of each layer, and the offset of each rank there
@@ -201,7 +201,7 @@ class DriftMonitor:
             Evidence(*one)
             for one in zip(
                 self._modules,
-                _by_layer(found),
+                _by_layer(by_figure),
                 _by_layer(self._windows.typical()),
                 traits.synced.tolist(),
                 (likely.between_ranks + tests).tolist(),

@@ -167,12 +167,12 @@ def add_up(
     share = local.count / whole.count.clamp(min=1)
     here, seen = (local.count > 0).double(), (whole.count > 0).double()
     freedom = here - share
-    count, known, apart = local.count[:, of], tracked.count[:, of] > 0, local.mean - whole.mean
+    count, has_moments, apart = local.count[:, of], tracked.count[:, of] > 0, local.mean - whole.mean
     # Of an empty rank or batch m2 is 0, and so is its variance
     var, local_var = (m.m2 / m.count[:, of].clamp(min=1) for m in (whole, local))
     unbiased = tracked.m2 / (tracked.count[:, of] - 1).clamp(min=1)
-    shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
-    ratio = known * ((unbiased + eps) / (running.var + eps)).log()
+    shift = has_moments * (tracked.mean - running.mean) / (running.var + eps).sqrt()
+    ratio = has_moments * ((unbiased + eps) / (running.var + eps)).log()
     terms = (
         (scale * count).sqrt() * apart,
         scale * count * apart.square(),

@@ -67,8 +67,8 @@ class Watch:
         norm = norms.NORMS[config.norm.name]
         if norm.scope == "none" and norm.running and not config.model.weights and not training.step:
             log.warning("norm=frozen without model.weights=: statistics that were never taken stay as they began")
-        for line in parts.converted.told:
-            log.warning("norm=%s: %s", config.norm.name, line)
+        for note in parts.converted.notes:
+            log.warning("norm=%s: %s", config.norm.name, note)
         state = state or {"record": None, "story": None, "wandb": None}
         self.record = Record(folder.metrics, state["record"])
         name = config.run.name or ""

@@ -51,12 +51,12 @@ class NormConfig:
             value, able = getattr(self, key.name), [word for word, norm in NORMS.items() if key.name in norm.keys]
             if value != key.default and self.name not in able:
                 raise UserError(
-                    f"norm.{key.name}={_told(value)} with norm={self.name}: only norm={', '.join(able)} "
+                    f"norm.{key.name}={_spelled(value)} with norm={self.name}: only norm={', '.join(able)} "
                     f"{'has' if len(able) == 1 else 'have'} that; take it, or no norm.{key.name}="
                 )
 
 
-def _told(value: Any) -> str:
+def _spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -84,11 +84,11 @@ class Place(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What was done to a model: of `found` batch norm layers `changed`; what else is to be told of it."""
+    """What was done to a model: of so many batch norm layers `changed`; and notes, for people to read."""
 
     changed: int
-    found: int
-    told: list[str]
+    layers: int
+    notes: list[str]
 
 
 def refuse_misfit(config: NormConfig, ranks: int) -> None:
@@ -124,13 +124,13 @@ def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Modu
     ones). Call it once, last: after weights are loaded and before the model is wrapped for the ranks.
     """
     before = {layer: type(layer) for layer in batch_norms(model)}
-    model, told = NORMS[config.name].convert(model, config, place)
+    model, notes = NORMS[config.name].convert(model, config, place)
     momentum = momentum_of(config, place)
     for layer in batch_norms(model) if momentum is not None else ():
         layer.momentum = momentum
     after = set(model.modules())
     changed = sum(layer not in after or type(layer) is not kind for layer, kind in before.items())
-    return model, Converted(changed, len(before), list(told))
+    return model, Converted(changed, len(before), list(notes))
 
 
 def momentum_of(config: NormConfig, place: Place) -> float | None:
