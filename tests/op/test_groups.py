@@ -122,10 +122,10 @@ def error_of(rank, groups, x):
     ids=["does-not-divide", "left-out", "no-such-rank", "overlap", "ranks-disagree"],
 )
 def test_groups_that_do_not_fit_are_one_error_on_every_rank(groups, error):
-    told = run_ranks(error_of, 4, groups, torch.randn(2, 3))
+    errors = run_ranks(error_of, 4, groups, torch.randn(2, 3))
 
-    assert len(set(told)) == 1
-    assert error in told[0]
+    assert len(set(errors)) == 1
+    assert error in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -312,9 +312,9 @@ def test_a_layer_that_lost_its_peers_says_so_and_finds_new_ones(tmp_path):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(outlived, (tmp_path / "store", queue), nprocs=2)
 
-    told = [queue.get() for _ in range(4)]
-    assert sum(answer == 2 for answer in told) == 2
-    assert sum("was destroyed: initialise one" in str(answer) for answer in told) == 2
+    answers = [queue.get() for _ in range(4)]
+    assert sum(answer == 2 for answer in answers) == 2
+    assert sum("was destroyed: initialise one" in str(answer) for answer in answers) == 2
 
 
 def agreements(rank, x):

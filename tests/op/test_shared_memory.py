@@ -253,13 +253,13 @@ def test_groups_have_memory_of_their_own():
 def agreed_when(rank, how):
     """What a group has agreed on, what its members were told, and what a message adds up to all the same."""
     group = fresh_group()
-    with warnings.catch_warnings(record=True) as told, how(rank):
+    with warnings.catch_warnings(record=True) as warned, how(rank):
         warnings.simplefilter("always")
         collectives.resolve_once(group, 0)
     message = torch.full((5,), 1.0 + rank, dtype=torch.float64)
     with recorded() as sent:
         collectives.messages.sum_message(message, group, "auto")
-    return memory_of_groups.memories[group] is not None, [str(w.message) for w in told], message[4].item(), len(sent)
+    return memory_of_groups.memories[group] is not None, [str(w.message) for w in warned], message[4].item(), len(sent)
 
 
 def everything_fits(rank):
@@ -317,7 +317,7 @@ def test_all_share_memory_or_none_and_one_line_says_why(how, want, line):
         (total, shared, sent) for shared, _, total, sent in run_ranks(agreed_when, 3, how)
     ):
         assert (message_sum, shared, sent) == (6.0, want, 1)
-    lines = [text for _, told, *_ in run_ranks(agreed_when, 3, how) for text in told]
+    lines = [text for _, texts, *_ in run_ranks(agreed_when, 3, how) for text in texts]
     assert len(lines) == (line is not None)
     assert line is None or re.fullmatch(f"messages go through gloo, as {line}.*", lines[0])
 
@@ -378,7 +378,7 @@ def test_a_rank_that_waits_hears_signals():
 
 def interrupted_between(rank):
     """An exception falls on rank 0 after it has left its row, before Python waits for the others."""
-    mailbox, told = mailbox_of(fresh_group()), []
+    mailbox, outcomes = mailbox_of(fresh_group()), []
     if rank == 1:
         time.sleep(0.3)
     for turn in range(3):
@@ -386,10 +386,10 @@ def interrupted_between(rank):
         try:
             with falls if (rank, turn) == (0, 0) else nullcontext():
                 mailbox.add(torch.ones(3, dtype=torch.float64))
-            told.append("complete")
+            outcomes.append("complete")
         except (KeyboardInterrupt, dist.DistError) as error:
-            told.append(str(error))
-    return told
+            outcomes.append(str(error))
+    return outcomes
 
 
 def test_a_message_that_was_given_up_is_the_last():
@@ -424,8 +424,8 @@ def forked(rank):
 
 
 def test_a_fork_of_a_rank_is_no_rank_and_takes_nothing_with_it():
-    (told, total), (_, same) = run_ranks(forked, 2)
-    assert "it is a fork of one" in told
+    (answer, total), (_, same) = run_ranks(forked, 2)
+    assert "it is a fork of one" in answer
     assert total == same == 2.0**21
 
 
@@ -517,10 +517,10 @@ def failing_leader(rank):
 
 
 def test_a_leader_that_lost_the_others_tells_its_neighbours():
-    told = run_ranks(failing_leader, 4)
-    assert told[::2] == ["[gloo] Connection closed by peer"] * 2
-    assert told[1].startswith("rank 0 died or left")
-    assert told[3].startswith("rank 2 died or left")
+    errors = run_ranks(failing_leader, 4)
+    assert errors[::2] == ["[gloo] Connection closed by peer"] * 2
+    assert errors[1].startswith("rank 0 died or left")
+    assert errors[3].startswith("rank 2 died or left")
 
 
 IN_A_CONTAINER = """
