@@ -13,7 +13,8 @@ from syncbn.drift import compatibility, verdicts
 from syncbn.drift.compatibility import Level, observed
 from syncbn.drift.figures import Traits, apart, chance, figures, sizes
 from syncbn.drift.fingerprints import Fingerprints
-from syncbn.drift.observer import LocalObserver, stores
+from syncbn.drift.local_observer import LocalObserver
+from syncbn.drift.observer import stores
 from syncbn.drift.statistics import Layers, Sums
 from syncbn.drift.verdicts import Evidence, Reading, Verdict
 from syncbn.drift.windows import ENOUGH, Windows

@@ -142,6 +142,17 @@ class Running(NamedTuple):
     var: Tensor
 
 
+def unpack_moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: Tensor | bool) -> Moments:
+    """Moments of K packed ones: count [K, L], mean and m2 [K, C]. message: which are so packed, the others are rows."""
+    mean = first / count[:, of].clamp(min=1)
+    if message is True:
+        return Moments(count, mean, (second - first * mean).clamp(min=0))
+    if message is False:
+        return Moments(count, first, second)
+    m2 = (second - first * mean).clamp(min=0)
+    return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
+
+
 def add_up(
     local: Moments,
     whole: Moments,
