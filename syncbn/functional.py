@@ -235,7 +235,7 @@ def _backward_to_differentiate(ctx, dy: Tensor, inputs: Inputs, y: Tensor | None
     with torch.enable_grad():
         normalized, *_ = composed.batch_norm(inputs, exchange, eps, anchor)
     g = dy if activation is None else dy.masked_fill((normalized if y is None else y) <= 0, 0)
-    leaves = [t if t is not None and t.requires_grad else None for t in inputs[:3]]
+    leaves = [t if t is not None and t.requires_grad else None for t in (inputs.x, inputs.weight, inputs.bias)]
     wanted = [anchor, *(t for t in leaves if t is not None)]
     # The anchor takes part so that the collectives within run on every rank
     _, *gradients = torch.autograd.grad(normalized, wanted, g, create_graph=graph, allow_unused=True)
@@ -260,4 +260,4 @@ def _refused_as_it_runs(inputs: Inputs, call: Call, why: str) -> tuple[Tensor, T
 
 def _device(inputs: Inputs) -> torch.device:
     """Where this rank's messages lie, whatever it was given."""
-    return next((t.device for t in inputs[:2] if isinstance(t, Tensor)), torch.device("cpu"))
+    return next((t.device for t in (inputs.x, inputs.weight) if isinstance(t, Tensor)), torch.device("cpu"))

@@ -69,7 +69,7 @@ def check_group(group: Group) -> Group:
     return group
 
 
-class _World(NamedTuple):
+class World(NamedTuple):
     """The default group, our own communicator over its ranks, and what was agreed on in it."""
 
     default: ProcessGroup
@@ -79,7 +79,7 @@ class _World(NamedTuple):
     mailboxes: Mailboxes
 
 
-_world: _World | None = None
+_world: World | None = None
 
 
 def resolve(key: str, samples: int = 0) -> ProcessGroup | None:
@@ -128,6 +128,7 @@ for function in resolve, resolve_once:
 
 
 def _form(spec: Spec, samples: int) -> ProcessGroup:
+    """The group of spec that this rank is in, once all ranks have said what they ask for."""
     world = current_world()
     if spec not in world.formed:
         places = log_time.gather_objects(groups.Place(spec.plain, socket.gethostname(), samples), world.own)
@@ -139,7 +140,8 @@ def _form(spec: Spec, samples: int) -> ProcessGroup:
     return world.formed[spec]
 
 
-def current_world() -> _World:
+def current_world() -> World:
+    """The World of the default group that there is now. Collective where that is a new one: it makes a communicator."""
     global _world
     default = dist.group.WORLD
     assert default is not None
@@ -147,7 +149,7 @@ def current_world() -> _World:
     if _world is None or _world.default is not default:
         everyone = tuple(range(default.size()))
         own = new_group(everyone)
-        _world = _World(default, own, {everyone: own}, WeakKeyDictionary(), {})
+        _world = World(default, own, {everyone: own}, WeakKeyDictionary(), {})
     return _world
 
 
