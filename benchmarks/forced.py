@@ -25,6 +25,7 @@ from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from benchmarks.timing import Step
 from syncbn import collectives
+from syncbn.collectives import process_groups
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def world_of_one(device: str) -> Iterator[None]:
 def sending() -> Iterator[None]:
     """syncbn's layers send, though this process is the only one of its process group."""
     assert dist.get_world_size() == 1
-    own = collectives._current_world().own
+    own = process_groups.current_world().own
 
     def resolve(key: str, samples: int = 0) -> Any:
         return own

@@ -35,7 +35,8 @@ from triton.runtime import driver
 from benchmarks import timing
 from benchmarks.forced import TorchSyncBatchNorm
 from benchmarks.timing import Step, Times
-from syncbn import SyncBatchNorm, checks, collectives, kernels
+from syncbn import SyncBatchNorm, checks, kernels
+from syncbn.collectives import log_time
 
 RANKS = 8
 # One after the other, as in a network: what a call of backward costs by itself is no layer's
@@ -113,7 +114,7 @@ def no_gpu() -> Iterator[NoDriver]:
                 stack.enter_context(patch.object(dist, name, gathered))
         stack.enter_context(patch.object(plan, "multiprocessors", lambda device: 132))
         stack.enter_context(patch.object(checks, "check_count", as_on_a_gpu))
-        stack.enter_context(patch.object(collectives, "gather_objects", lambda value, group: [value] * RANKS))
+        stack.enter_context(patch.object(log_time, "gather_objects", lambda value, group: [value] * RANKS))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
         stack.callback(dist.destroy_process_group)
         yield nobody

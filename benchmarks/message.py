@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from syncbn import collectives
-from syncbn.collectives import Reduction
+from syncbn.collectives import Reduction, messages
 from tests.ranks import run_ranks
 
 MESSAGES = 200
@@ -43,7 +43,7 @@ def measured(rank: int, values: int, turns: int) -> dict[str, list[float]]:
     for _ in range(turns):
         for name, reduction in ways.items():
             message = torch.zeros(values, dtype=torch.float64)
-            times[name].append(message_us(lambda m, by=reduction: collectives._add(m, group, by), message))
+            times[name].append(message_us(lambda m, by=reduction: messages.sum_message(m, group, by), message))
     return times
 
 

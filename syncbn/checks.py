@@ -4,12 +4,23 @@ A rank that refuses before the message sends NaN in its place, so that its peers
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Activation = Literal["relu"] | None
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call of batch norm: see functional.sync_batch_norm."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+
 
 _ONE_VALUE = "the whole batch has one value per channel: a variance needs more"
 _REFUSED = "another rank of the group refused its input to this layer: its own error says why"
@@ -22,17 +33,9 @@ def check_activation(activation: Activation) -> Activation:
     return activation
 
 
-def check_inputs(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    channels: int,
-    eps: float,
-    activation: Activation,
-) -> Tensor | None:
+def check_inputs(inputs: Inputs, channels: int, eps: float, activation: Activation) -> Tensor | None:
     """mask, as [N, 1, *S] or [N, 1, 1, ...]; TypeError or ValueError for what does not fit together."""
+    x, weight, bias, mask, residual = inputs
     if mask is None and residual is None and _plainly_fit(x, weight, bias, channels, eps, activation):
         return None
     check_activation(activation)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from syncbn import checks, collectives
+from syncbn.checks import Inputs
 from syncbn.collectives import Exchange
 from syncbn.kernels import Running
 from syncbn.moments import Moments, merge, to_row, update_running
@@ -29,19 +30,13 @@ def batched(dy: Tensor) -> bool:
 
 
 def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    exchange: Exchange,
-    anchor: Tensor,
-    running: Running | None = None,
+    inputs: Inputs, exchange: Exchange, eps: float, anchor: Tensor, running: Running | None = None
 ) -> tuple[Tensor, Moments, Tensor]:
     """y before residual and relu, the Moments of the whole batch, and invstd [C], all differentiable at will.
 
     anchor: [0], which the message depends on: where it requires a gradient, so does every collective within.
     """
+    x, weight, bias, mask, _ = inputs
     values = x.double()
     dims = [d for d in range(x.dim()) if d != 1]
     here = torch.ones_like(values[:, :1]) if mask is None else mask.double().expand_as(values[:, :1])

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, checked
+from syncbn.collectives import Group, ProcessGroup, Reduction, Spec, check_reduction
 from syncbn.fuse import change_class, fuse_calls, fused_calls, unfuse
 from syncbn.lazy import LazySyncBatchNorm
 from syncbn.module import OF_THIS_PROCESS, SyncBatchNorm
@@ -97,28 +97,16 @@ def convert(
         ValueError: group or reduction is none, or a pattern matches no batch norm layer. Then nothing was changed.
     """
     spec = Spec(group)
-    checked(reduction)
-    found = _batch_norms(model)
-    selected = _selected(found, include, exclude)
-    plan, left = [], {}
-    for name, layer in selected.items():
-        to, why_not = _successor(layer)
-        if to is not None:
-            plan.append((name, layer, to, _origin(layer)))
-        elif why_not:
-            left[name] = why_not
-    for _, layer, to, origin in plan:
-        change_class(layer, to)
-        vars(layer).pop("process_group", None)
-        vars(layer)["_origin"] = origin
-        own = origin.process_group if group == "world" else None
-        cast(SyncBatchNorm, layer).synchronise(own or spec, reduction)
+    check_reduction(reduction)
+    batch_norms = _batch_norms(model)
+    selected = _selected(batch_norms, include, exclude)
+    changed, left = _change_classes(selected, spec, reduction)
     layers = {layer for layer in selected.values() if isinstance(layer, SyncBatchNorm)}
     unfused = fuse_calls(model, layers) if fuse else {}
-    conversion = _told(model, [name for name, *_ in plan], left, unfused)
+    conversion = _conversion(model, changed, left, unfused)
     if report is not None:
         report(conversion)
-    elif not any(isinstance(layer, SyncBatchNorm) for _, layer in found):
+    elif not any(isinstance(layer, SyncBatchNorm) for _, layer in batch_norms):
         warnings.warn(f"convert found nothing to convert.\n{conversion}", stacklevel=2)
     return model
 
@@ -146,8 +134,29 @@ def revert(model: Model, *, report: Callable[[Conversion], object] | None = None
             else:
                 left[name] = "built as SyncBatchNorm, so there is no class to go back to"
     if report is not None:
-        report(_told(model, changed, left))
+        report(_conversion(model, changed, left))
     return model
+
+
+def _change_classes(
+    layers: Mapping[str, nn.Module], spec: Spec, reduction: Reduction
+) -> tuple[list[str], dict[str, str]]:
+    """Make SyncBatchNorms of what can become one: the names of the layers that did, and why the others did not."""
+    plan, left = [], {}
+    for name, layer in layers.items():
+        to, why_not = _successor(layer)
+        if to is not None:
+            plan.append((name, layer, to, _origin(layer)))
+        elif why_not:
+            left[name] = why_not
+    # Nothing is changed before all that may be refused was looked at
+    for _, layer, to, origin in plan:
+        change_class(layer, to)
+        vars(layer).pop("process_group", None)
+        vars(layer)["_origin"] = origin
+        own = origin.process_group if spec.group == "world" else None
+        cast(SyncBatchNorm, layer).synchronise(own or spec, reduction)
+    return [name for name, *_ in plan], left
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -223,11 +232,11 @@ def _restore(name: str, layer: SyncBatchNorm) -> None:
 
 def _batch_norms(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     """Every batch norm layer, whether or not it can convert, once, with all its names."""
-    found: dict[int, tuple[list[str], nn.Module]] = {}
+    by_id: dict[int, tuple[list[str], nn.Module]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if _is_batch_norm(layer):
-            found.setdefault(id(layer), ([], layer))[0].append(name)
-    return list(found.values())
+            by_id.setdefault(id(layer), ([], layer))[0].append(name)
+    return list(by_id.values())
 
 
 def _is_batch_norm(layer: nn.Module) -> bool:
@@ -237,16 +246,16 @@ def _is_batch_norm(layer: nn.Module) -> bool:
 
 
 def _selected(
-    found: list[tuple[list[str], nn.Module]], include: Patterns | None, exclude: Patterns | None
+    layers: list[tuple[list[str], nn.Module]], include: Patterns | None, exclude: Patterns | None
 ) -> dict[str, nn.Module]:
-    all_names = [name for names, _ in found for name in names]
+    all_names = [name for names, _ in layers for name in names]
     included, excluded = ([p] if isinstance(p, str) else p or () for p in (include, exclude))
     for pattern in (*included, *excluded):
         if not _match(all_names, [pattern]):
             raise ValueError(f"the pattern {pattern!r} matches none of the batch norm layers: {_some(all_names)}")
     return {
         names[0]: layer
-        for names, layer in found
+        for names, layer in layers
         if (include is None or _match(names, included)) and not _match(names, excluded)
     }
 
@@ -255,7 +264,7 @@ def _match(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _told(
+def _conversion(
     model: nn.Module, changed: Sequence[str], left: Mapping[str, str], unfused: Mapping[str, str] | None = None
 ) -> Conversion:
     # A container that is named for the norm within it has no parameters, not even None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn import checks, collectives, composed, kernels
-from syncbn.checks import Activation
+from syncbn.checks import Activation, Inputs
 from syncbn.collectives import Exchange, Group, Reduction
 from syncbn.kernels import Affine, Form, Kernels, Running, Slot, Stopped, to_stats, unpacked
 from syncbn.moments import Moments
@@ -81,53 +81,48 @@ def sync_batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Derivation: docs/math.md.
     """
     samples = x.size(0) if isinstance(group, Mapping) and x.dim() else 0
-    exchange = Exchange(collectives.resolve_once(group, samples), collectives.checked(reduction))
+    exchange = Exchange(collectives.resolve_once(group, samples), collectives.check_reduction(reduction))
     channels = x.size(1) if x.dim() > 1 else 0
-    y, stats = batch_norm(x, weight, bias, mask, residual, channels, Call(exchange, eps, activation))
+    y, stats = batch_norm(Inputs(x, weight, bias, mask, residual), Call(exchange, channels, eps, activation))
     return y, unpacked(stats)[0]
 
 
 class Call(NamedTuple):
     """What a call of batch norm is given besides its tensors.
 
+    channels: of the layer, which x must have.
     running: the buffers to be moved.
-    known: kernels' stats of the whole batch, of a forward that runs again; then nothing is measured and sent.
+    stats: kernels' stats of the whole batch, of a forward that runs again; then nothing is measured and sent.
     """
 
     exchange: Exchange
+    channels: int
     eps: float = 1e-5
     activation: Activation = None
     running: Running | None = None
     observer: Observer | None = None
-    known: Tensor | None = None
+    stats: Tensor | None = None
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    channels: int,
-    call: Call,
-) -> tuple[Tensor, Tensor]:
-    """sync_batch_norm for a layer of `channels`: y, and kernels' stats [3C + 1] of the whole batch."""
+def batch_norm(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """sync_batch_norm for a layer: y, and kernels' stats [3C + 1] of the whole batch."""
+    x, weight, bias, _, residual = inputs
     exchange = call.exchange
     transformed = not torch.compiler.is_compiling() and composed.transformed()
     try:
-        mask = checks.check_inputs(x, weight, bias, mask, residual, channels, call.eps, call.activation)
+        mask = checks.check_inputs(inputs, call.channels, call.eps, call.activation)
     except (TypeError, ValueError) as error:
         if torch.compiler.is_compiling():
-            return _refused_as_it_runs(x, weight, channels, exchange, str(error))
+            return _refused_as_it_runs(inputs, call, str(error))
         if transformed:
-            composed.refuse(x, channels, exchange)
+            composed.refuse(x, call.channels, exchange)
         else:
-            collectives.refuse(channels, exchange, _device(x, weight))
+            collectives.refuse(call.channels, exchange, _device(inputs))
         raise
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     if transformed:
-        return _batch_norm_to_transform(x, weight, bias, mask, residual, call)
+        return _batch_norm_to_transform(Inputs(x, weight, bias, mask, residual), call)
     anchor = None if exchange.group is None or x.requires_grad else _ANCHOR
     running = call.running
     if running is None or not torch.compiler.is_compiling():
@@ -143,9 +138,9 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, anchor, mask, call):
         relu = call.activation == "relu"
         kernel, affine = kernels.choose(x), Affine(weight, bias, relu, call.eps)
-        if call.known is not None:
+        if call.stats is not None:
             # Their first part is a row, see moments.to_row
-            shared = call.known[: 2 * x.size(1) + 1].unsqueeze(0)
+            shared = call.stats[: 2 * x.size(1) + 1].unsqueeze(0)
             y, stats = kernel.normalize(x, shared, affine, residual, call.running)
         else:
             y, stats = _forward(kernel, x, mask, affine, residual, call)
@@ -160,11 +155,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         x, stats, weight, bias, mask, y = ctx.saved_tensors
-        exchange, eps, activation, *_ = ctx.call
+        exchange, _, eps, activation, *_ = ctx.call
         # What follows may have no gradient to give; the peers wait all the same
         dy = torch.zeros_like(x) if dy is None else dy
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or composed.batched(dy)):
-            return *_backward_to_differentiate(ctx, dy, x, weight, bias, mask, y), None, None, None
+            return *_backward_to_differentiate(ctx, dy, Inputs(x, weight, bias, mask), y), None, None, None
         affine = Affine(weight, bias, activation == "relu", eps)
         dx, dweight, dbias, g = _backward(dy, x, stats, affine, y, mask, exchange, ctx.needs_input_grad[0])
         return dx, dweight, dbias, g if ctx.added else None, None, None, None
@@ -233,39 +228,36 @@ def _backward(
     return kernel.grad_input(g, x, stats, past_relu, sums, mask), dweight, dbias, g
 
 
-def _backward_to_differentiate(ctx, dy, x, weight, bias, mask, y):
+def _backward_to_differentiate(ctx, dy: Tensor, inputs: Inputs, y: Tensor | None):
     """dx, dweight, dbias and dresidual through plain operators: to be differentiated, or for a batch of dy."""
-    exchange, eps, activation, *_ = ctx.call
+    exchange, _, eps, activation, *_ = ctx.call
     graph, anchor = torch.is_grad_enabled(), torch.zeros(0, requires_grad=True)
     with torch.enable_grad():
-        normalized, *_ = composed.batch_norm(x, weight, bias, mask, eps, exchange, anchor)
+        normalized, *_ = composed.batch_norm(inputs, exchange, eps, anchor)
     g = dy if activation is None else dy.masked_fill((normalized if y is None else y) <= 0, 0)
-    inputs = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
-    wanted = [anchor, *(t for t in inputs if t is not None)]
+    leaves = [t if t is not None and t.requires_grad else None for t in (inputs.x, inputs.weight, inputs.bias)]
+    wanted = [anchor, *(t for t in leaves if t is not None)]
     # The anchor takes part so that the collectives within run on every rank
     _, *gradients = torch.autograd.grad(normalized, wanted, g, create_graph=graph, allow_unused=True)
-    return *[None if t is None else gradients.pop(0) for t in inputs], g if ctx.added else None
+    return *[None if t is None else gradients.pop(0) for t in leaves], g if ctx.added else None
 
 
-def _batch_norm_to_transform(x, weight, bias, mask, residual, call: Call) -> tuple[Tensor, Tensor]:
+def _batch_norm_to_transform(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """batch_norm where torch.func, vmap or forward-mode AD is at work. No observer sees it."""
-    exchange, eps, activation, running, _, _ = call
-    y, moments, invstd = composed.batch_norm(x, weight, bias, mask, eps, exchange, _ANCHOR, running)
-    y = y if residual is None else y + residual
-    return y if activation is None else y.relu(), to_stats(moments, invstd).detach()
+    y, moments, invstd = composed.batch_norm(inputs, call.exchange, call.eps, _ANCHOR, call.running)
+    y = y if inputs.residual is None else y + inputs.residual
+    return y if call.activation is None else y.relu(), to_stats(moments, invstd).detach()
 
 
-def _refused_as_it_runs(
-    x: Tensor, weight: Tensor | None, channels: int, exchange: Exchange, why: str
-) -> tuple[Tensor, Tensor]:
+def _refused_as_it_runs(inputs: Inputs, call: Call, why: str) -> tuple[Tensor, Tensor]:
     """A graph that refuses its input when it runs: an error in its making would leave the peers waiting."""
-    device = _device(x, weight)
-    collectives.refuse(channels, exchange, device)
+    x, device = inputs.x, _device(inputs)
+    collectives.refuse(call.channels, call.exchange, device)
     torch._assert_async(torch.zeros((), device=device), why)  # pyright: ignore[reportPrivateImportUsage]
-    stats = torch.full((3 * channels + 1,), torch.nan, dtype=torch.float64, device=device)
+    stats = torch.full((3 * call.channels + 1,), torch.nan, dtype=torch.float64, device=device)
     return x * torch.nan if isinstance(x, Tensor) else stats, stats
 
 
-def _device(x: object, weight: object) -> torch.device:
+def _device(inputs: Inputs) -> torch.device:
     """Where this rank's messages lie, whatever it was given."""
-    return next((t.device for t in (x, weight) if isinstance(t, Tensor)), torch.device("cpu"))
+    return next((t.device for t in (inputs.x, inputs.weight) if isinstance(t, Tensor)), torch.device("cpu"))

@@ -124,7 +124,7 @@ def _printed(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Any], ...]]:
     graph.lint()
     code, given = graph.python_code("self"), _always_there()
     used = compile(code.src, "", "exec").co_consts[0].co_names
-    return code.src, tuple((name, it) for name, it in code.globals.items() if name in used and name not in given)
+    return code.src, tuple((name, value) for name, value in code.globals.items() if name in used and name not in given)
 
 
 @functools.cache

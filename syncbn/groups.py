@@ -56,6 +56,30 @@ def divide(places: Sequence[Place]) -> list[tuple[int, ...]]:
     return groups
 
 
+def group_size(
+    group: str | int | Sequence[int] | Mapping[str, int], ranks: int, *, node_ranks: int = 1, samples: int = 0
+) -> int:
+    """How many of a job's ranks form one batch, for who plans a job that does not run yet.
+
+    Args:
+        group: see `syncbn.Group`; not a ProcessGroup or DeviceMesh, which know their own size.
+        ranks: of the job.
+        node_ranks: on each machine, for "node".
+        samples: in each rank's batch, for {"samples": n}.
+
+    Raises:
+        ValueError: group is none, or does not divide so many ranks.
+
+    Nothing is sent.
+    """
+    spec = plain(group)
+    places = [Place(spec, str(rank // node_ranks), samples) for rank in range(ranks)]
+    # The ranks of a list, which may leave rank 0 out
+    members = spec if isinstance(spec, tuple) and spec[0] != "samples" else ()
+    member = next((rank for rank in members if rank in range(ranks)), 0)
+    return len(_ranks(member, places))
+
+
 def _ranks(rank: int, places: Sequence[Place]) -> tuple[int, ...]:
     world, spec = len(places), places[rank].spec
     if spec == "world":

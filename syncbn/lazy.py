@@ -54,10 +54,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "running_mean", "running_var")}
         tensors = {name: t for name, t in tensors.items() if t is not None}
         # A state_dict that was loaded knows C already, and holds some or all of the values
-        known = [t.numel() for t in tensors.values() if not is_lazy(t)]
-        if not known and input.dim() < 2:
+        channels = [t.numel() for t in tensors.values() if not is_lazy(t)]
+        if not channels and input.dim() < 2:
             raise ValueError(f"x has shape {tuple(input.shape)}: it must be [N, C, *S]")
-        self.num_features = known[0] if known else input.size(1)
+        self.num_features = channels[0] if channels else input.size(1)
         for name, t in tensors.items():
             if is_lazy(t):
                 t.materialize((self.num_features,))

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import collectives, functional, recompute
-from syncbn.checks import Activation, check_activation, check_beside
+from syncbn.checks import Activation, Inputs, check_activation, check_beside
 from syncbn.collectives import Exchange, Group, ProcessGroup, Reduction, Spec, Witness
 from syncbn.functional import Call, Observer
 from syncbn.kernels import Running, unpacked
@@ -99,7 +99,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def synchronise(self, group: Group | Spec, reduction: Reduction = "auto") -> None:
         """Set the group and the reduction; what __init__ adds to that of nn.BatchNorm."""
-        self.reduction = collectives.checked(reduction)
+        self.reduction = collectives.check_reduction(reduction)
         self.group = group
         keep_buffers_precise(self)
 
@@ -136,7 +136,7 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return self._by_running_statistics(input, residual, mask, activation)
         weight, bias = self._held(self._parameters, "weight", "bias")
-        return self._by_batch(input, weight, bias, mask, residual, activation)[0]
+        return self._by_batch(Inputs(input, weight, bias, mask, residual), activation)[0]
 
     def by_batch(
         self,
@@ -151,28 +151,20 @@ class SyncBatchNorm(_BatchNorm):
 
         For subclasses that do more with them. The running buffers have moved afterwards.
         """
-        y, stats = self._by_batch(x, weight, bias, mask, residual, "relu" if relu else None)
+        y, stats = self._by_batch(Inputs(x, weight, bias, mask, residual), "relu" if relu else None)
         return y, unpacked(stats)[0]
 
-    def _by_batch(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        residual: Tensor | None,
-        activation: Activation,
-    ) -> tuple[Tensor, Tensor]:
-        exchange = Exchange(self._process_group(x), self.reduction, self.witness)
+    def _by_batch(self, inputs: Inputs, activation: Activation) -> tuple[Tensor, Tensor]:
+        exchange = Exchange(self._process_group(inputs.x), self.reduction, self.witness)
         checkpointing = not torch.compiler.is_compiling() and recompute.possible()
-        known = recompute.known(self) if checkpointing else None
-        if known is None:
-            call = Call(exchange, self.eps, activation, self._running(), self.observer)
+        recalled = recompute.recall(self) if checkpointing else None
+        if recalled is None:
+            call = Call(exchange, self.num_features, self.eps, activation, self._running(), self.observer)
         else:
-            call = Call(exchange, self.eps, activation, known=known)
-        y, stats = functional.batch_norm(x, weight, bias, mask, residual, self.num_features, call)
+            call = Call(exchange, self.num_features, self.eps, activation, stats=recalled)
+        y, stats = functional.batch_norm(inputs, call)
         if checkpointing:
-            recompute.keep(self, stats)
+            recompute.remember(self, stats)
         return y, stats
 
     def _held(self, by: Mapping[str, Any], *names: str) -> Sequence[Tensor | None]:

@@ -56,16 +56,17 @@ def unfit(layer: nn.Module) -> str:
         return "its forward is its own"
     if layer.activation is not None:
         return f"it does {layer.activation} already"
-    return "it has hooks, which would see another output" if _hooked(layer) else ""
+    return "it has hooks, which would see another output" if has_hooks(layer) else ""
 
 
 def unfit_relu(relu: nn.Module | None) -> str:
-    if relu is not None and (_hooked(relu) or "forward" in vars(relu)):
+    if relu is not None and (has_hooks(relu) or "forward" in vars(relu)):
         return "the ReLU after it has hooks, or a forward of its own"
     return ""
 
 
-def _hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of module runs hooks, which would miss a call that is left out, or see another output."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(len(one) > 0 for one in hooks)
 

@@ -65,26 +65,26 @@ def recalibrate(
 
 def _layers(model: nn.Module, world: ProcessGroup | None) -> dict[str, Any]:
     """The layers to recalibrate, by name; ValueError if there are none or ranks differ."""
-    found: dict[str, Any] = {
+    tracking: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
-    layers = {name: layer for name, layer in found.items() if layer.training or not model.training}
+    layers = {name: layer for name, layer in tracking.items() if layer.training or not model.training}
     channels = {name: layer.running_mean.numel() for name, layer in layers.items()}
-    told = collectives.gather_objects(channels, world)
-    for rank, theirs in enumerate(told):
-        if theirs != told[0]:
-            name = min(theirs.items() ^ told[0].items())[0]
+    by_rank = collectives.gather_objects(channels, world)
+    for rank, theirs in enumerate(by_rank):
+        if theirs != by_rank[0]:
+            name = min(theirs.items() ^ by_rank[0].items())[0]
             raise ValueError(
-                f"rank {rank} recalibrates {len(theirs)} layers and rank 0 {len(told[0])}, and {name!r} differs: "
+                f"rank {rank} recalibrates {len(theirs)} layers and rank 0 {len(by_rank[0])}, and {name!r} differs: "
                 "the model, and which of its layers are in eval mode, must be the same on every rank"
             )
-    if not found:
+    if not tracking:
         raise ValueError(f"{type(model).__name__} has no batch norm layer with running statistics to recalibrate")
     if not layers:
         raise ValueError(
-            f"all {len(found)} batch norm layers are in eval mode, so frozen, in a model in training mode: "
+            f"all {len(tracking)} batch norm layers are in eval mode, so frozen, in a model in training mode: "
             "call model.eval() first to recalibrate them all"
         )
     return layers

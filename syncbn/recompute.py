@@ -23,11 +23,11 @@ class Book:
 
 
 def possible() -> bool:
-    """Whether checkpointing may be about, so that `known` and `keep` are to be asked. Always cheap."""
+    """Whether checkpointing may be about, so that `recall` and `remember` are to be called. Always cheap."""
     return _top_hooks() is not None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
 
 
-def known(layer: nn.Module) -> Tensor | None:
+def recall(layer: nn.Module) -> Tensor | None:
     """The layer's statistics, if the forward about to run ran before, else None; to be asked once for each forward.
 
     Raises RuntimeError if the region did not call the layer, or not so often, when it ran first.
@@ -47,7 +47,7 @@ def known(layer: nn.Module) -> Tensor | None:
     return book.stats[had]
 
 
-def keep(layer: nn.Module, stats: Tensor) -> None:
+def remember(layer: nn.Module, stats: Tensor) -> None:
     """Remember the statistics of the layer's forward that has just run, for as long as it may be run again."""
     # The regions around the one that runs again have had this call
     for region in _regions()[0]:

@@ -58,7 +58,8 @@ def iadd(x: Any, y: Any) -> Any:
 
 def _check_arguments(module: nn.Module) -> None:
     _, *given = inspect.signature(type(module).forward).parameters.values()
-    if [(it.kind, it.default) for it in given] != [(inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty)]:
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    if [(parameter.kind, parameter.default) for parameter in given] != [plain]:
         raise Untraceable("its forward does not take just one argument: a trace cannot tell which may be None")
 
 
@@ -95,8 +96,8 @@ def _traced(module: nn.Module) -> fx.Graph:
         with _FromInputOnly():
             graph = _Tracer().trace(module)
     except Exception as error:
-        told = str(error).strip().partition("\n")[0]
-        raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {told}") from error
+        message = str(error).strip().partition("\n")[0]
+        raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {message}") from error
     finally:
         changed = _put_back(held)
     if changed:

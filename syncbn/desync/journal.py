@@ -68,14 +68,14 @@ class Journal:
 
 def camps(said: Iterable[tuple[int, Any]]) -> dict[Any, list[int]]:
     """The ranks that said each thing, the largest camp first."""
-    found: dict[Any, list[int]] = {}
+    ranks_by_word: dict[Any, list[int]] = {}
     for rank, thing in said:
-        found.setdefault(thing, []).append(rank)
-    return dict(sorted(found.items(), key=lambda camp: -len(camp[1])))
+        ranks_by_word.setdefault(thing, []).append(rank)
+    return dict(sorted(ranks_by_word.items(), key=lambda camp: -len(camp[1])))
 
 
-def compare(found: dict[Any, list[int]], verb: str) -> str:
-    most, *others = (f"{listed(camp)} {verb} {thing}" for thing, camp in found.items())
+def compare(ranks_by_word: dict[Any, list[int]], verb: str) -> str:
+    most, *others = (f"{listed(camp)} {verb} {thing}" for thing, camp in ranks_by_word.items())
     return f"{', '.join(others)} where {most}"
 
 

@@ -119,13 +119,13 @@ class DesyncMonitor:
         streams = {ranks: (m.at[0] - m.checked, list(m.log)) for ranks, m in self._journal.by_ranks.items()}
         wrong = {n: off for n, witness in enumerate(self._witnesses) if (off := float(witness.wrong)) != 0}
         counts = {ranks: count for ranks, (count, _) in streams.items()}
-        told = collectives.gather_objects((counts, bool(wrong)), everyone)
+        reports = collectives.gather_objects((counts, bool(wrong)), everyone)
         self._journal.clear()
         for witness in self._witnesses:
             witness.wrong.zero_()
-        groups = {ranks for counts, _ in told for ranks in counts}
-        uneven = any(len({told[rank][0].get(ranks, 0) for rank in ranks}) > 1 for ranks in groups)
-        if uneven or any(off for _, off in told):
+        groups = {ranks for counts, _ in reports for ranks in counts}
+        uneven = any(len({reports[rank][0].get(ranks, 0) for rank in ranks}) > 1 for ranks in groups)
+        if uneven or any(off for _, off in reports):
             evidence = collectives.gather_objects((streams, wrong), everyone)
             raise DesyncError(_verdict([s for s, _ in evidence], [w for _, w in evidence], self._names))
 
@@ -149,15 +149,15 @@ def _agree(layers: dict[str, SyncBatchNorm]) -> str:
     """A key that is the same on every rank and was never used, if all hold the same layers."""
     mine = [f"{name} of {layer.num_features} channels" for name, layer in layers.items()]
     watched = [name for name, layer in layers.items() if "witness" in vars(layer)]
-    told = collectives.gather_objects((uuid.uuid4().hex, mine, watched), collectives.everyone())
-    for n in range(max(len(theirs) for _, theirs, _ in told)):
-        held = camps((rank, theirs[n] if n < len(theirs) else "none") for rank, (_, theirs, _) in enumerate(told))
+    reports = collectives.gather_objects((uuid.uuid4().hex, mine, watched), collectives.everyone())
+    for n in range(max(len(theirs) for _, theirs, _ in reports)):
+        held = camps((rank, theirs[n] if n < len(theirs) else "none") for rank, (_, theirs, _) in enumerate(reports))
         if len(held) > 1:
             raise DesyncError(f"the ranks' models differ in layer {n + 1}: {compare(held, 'registered')}")
-    for rank, (_, _, theirs) in enumerate(told):
+    for rank, (_, _, theirs) in enumerate(reports):
         if theirs:
             raise ValueError(f"{theirs[0]} is watched already on rank {rank}: close its monitor first")
-    return told[0][0]
+    return reports[0][0]
 
 
 def _form_groups(layers: Iterable[SyncBatchNorm]) -> None:
@@ -203,9 +203,9 @@ def _verdict(streams: Sequence[Streams], wrong: Sequence[dict[int, float]], name
     """What check has to say, from each rank's messages and from the layers whose fingerprints did not fit."""
     mend = "From there on statistics and gradients are mixed up: make every rank run the same layers in the same order"
     for ranks in sorted({ranks for of_rank in streams for ranks in of_rank}):
-        found = _first_difference({rank: streams[rank].get(ranks, (0, [])) for rank in ranks})
-        if found is not None:
-            n, codes = found
+        difference = _first_difference({rank: streams[rank].get(ranks, (0, [])) for rank in ranks})
+        if difference is not None:
+            n, codes = difference
             ran = compare({name_of(code, names): camp for code, camp in codes.items()}, "ran")
             group = "" if len(ranks) == len(streams) else f" of {listed(ranks)}"
             return f"message {n} since the last check{group}: {ran}. {mend}"

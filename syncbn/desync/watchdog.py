@@ -120,11 +120,11 @@ class Watchdog:
         late = []
         for rank, post in self._peers.items():
             # A post from before this rank began to wait may be older than the peer's last progress
-            known = post.closed or post.posted_s > self._advanced - self._start
+            current = post.closed or post.posted_s > self._advanced - self._start
             silent_s = post.read_s - post.posted_s
-            if (self._elsewhere(rank, post) and known) or (silent_s >= self._patience_s and not post.closed):
+            if (self._elsewhere(rank, post) and current) or (silent_s >= self._patience_s and not post.closed):
                 heard = "whose monitor is closed" if post.closed else f"last heard of {max(silent_s, 0):.0f} s ago"
-                late.append(f"rank {rank}, {heard}, had made {self._told(post)}")
+                late.append(f"rank {rank}, {heard}, had made {self._progress_of(post)}")
         return late
 
     def _elsewhere(self, rank: int, post: _Post) -> bool:
@@ -140,7 +140,7 @@ class Watchdog:
     def _messages(self, post: _Post) -> tuple[int, int]:
         return post.messages.get(str(hash(self._journal.latest)), (0, -1))
 
-    def _told(self, post: _Post) -> str:
+    def _progress_of(self, post: _Post) -> str:
         total, code = self._messages(post)
         last = f", the last in {name_of(code, self._names)}" if total else ""
         return f"{total} messages{last}" + (f", and was in step {post.step}" if post.step >= 0 else "")

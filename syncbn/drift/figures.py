@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from syncbn.drift import statistics
+from syncbn.drift.f_distribution import log_f_tail
 from syncbn.drift.statistics import Layers, Offsets, Sums
-from syncbn.drift.tails import log_f_tail
 
 # Of the mean, squared: what float32 takes for a constant
 _CONSTANT = 1e-12
@@ -47,14 +47,14 @@ def figures(sums: Sums, layers: Layers, traits: Traits, ranks: int, windows: int
     channel = layers.by_channel(sums)
     dead = _dead(channel)
     layer = layers.by_layer(_without(dead, sums))
-    eps, known = traits.eps[layers.of], sizes(sums, layers, traits)
+    eps, size = traits.eps[layers.of], sizes(sums, layers, traits)
     mean, var = channel.mean / channel.forwards, channel.var / channel.forwards
     # Layers that do not synchronise are observed in a part of each window
     runs = torch.where(traits.synced, 1.0, float(windows))
 
     def root_mean_square(values: Tensor) -> Tensor:
-        known = values.isfinite()
-        return (layers.total(torch.where(known, values, 0.0).square()) / layers.total(known.double())).sqrt()
+        finite = values.isfinite()
+        return (layers.total(torch.where(finite, values, 0.0).square()) / layers.total(finite.double())).sqrt()
 
     def z(total: Tensor, squares: Tensor) -> Tensor:
         in_a_row = (layer.forwards / ranks / runs)[layers.of]
@@ -66,12 +66,12 @@ def figures(sums: Sums, layers: Layers, traits: Traits, ranks: int, windows: int
     return {
         "f": statistics.f_ratio(layer),
         "icc": statistics.intraclass_correlation(layer),
-        "n_eff": known["n_eff"],
+        "n_eff": size["n_eff"],
         "n_eff_synced": statistics.effective_size(layer).where(~traits.synced, torch.nan),
         "dmean_z": z(channel.shift, channel.shift2),
         "dlogvar_z": z(channel.ratio, channel.ratio2),
-        "lag": known["lag"],
-        "lag_logvar": known["lag_logvar"],
+        "lag": size["lag"],
+        "lag_logvar": size["lag_logvar"],
         "kl": layers.total(channel.kl / channel.share) / torch.tensor(layers.channels),
         "dead": layers.total(dead.double()).where(layer.forwards > 0, torch.nan),
         "eps_dominated": layers.total((var < eps).double()).where(layer.forwards > 0, torch.nan),

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import collectives
-from syncbn.drift import fit, verdicts
+from syncbn.drift import compatibility, verdicts
+from syncbn.drift.compatibility import Level, observed
 from syncbn.drift.figures import Traits, apart, chance, figures, sizes
-from syncbn.drift.fit import Level, observed
-from syncbn.drift.observer import LocalObserver, stores
-from syncbn.drift.prints import Prints
+from syncbn.drift.fingerprints import Fingerprints
+from syncbn.drift.local_observer import LocalObserver
+from syncbn.drift.observer import stores
 from syncbn.drift.statistics import Layers, Sums
 from syncbn.drift.verdicts import Evidence, Reading, Verdict
 from syncbn.drift.windows import ENOUGH, Windows
@@ -70,19 +71,19 @@ class DriftMonitor:
     """
 
     def __init__(self, model: nn.Module, *, level: Level = "image", alpha: float = 1e-3, horizon: int = 10):
-        fit.check(level, alpha, horizon)
+        compatibility.check_options(level, alpha, horizon)
         self._modules, self._everyone = observed(model), collectives.everyone()
         self._level: Level = level
         self._alpha = alpha
         self._ranks = 1 if self._everyone is None else self._everyone.size()
-        fit.agree(self._modules, level, self._everyone)
+        compatibility.agree_on_layers(self._modules, level, self._everyone)
         layers = list(self._modules.values())
         self._stores = stores([layer for layer in layers if isinstance(layer, SyncBatchNorm)], level == "image")
         self._local = [LocalObserver(one, level == "image") for one in layers if not isinstance(one, SyncBatchNorm)]
         if not layers:
             self._say(f"{type(model).__name__} has no batch norm layer: there is no drift to measure")
             return
-        self._layers, self._prints = Layers([layer.num_features for layer in layers]), Prints(layers)
+        self._layers, self._fingerprints = Layers([layer.num_features for layer in layers]), Fingerprints(layers)
         self._windows = Windows(self._layers, horizon)
         self._hidden: set[str] = set()
         self._said: set[str] = set()
@@ -114,7 +115,7 @@ class DriftMonitor:
 
         It waits for the device, and is no collective: "shared" of any one rank goes with "own" of each.
         """
-        shared = {"layers": fit.channels(self._modules), "level": self._level}
+        shared = {"layers": compatibility.channels(self._modules), "level": self._level}
         if not self._modules:
             return {"shared": shared, "own": None}
         windows, mine = self._windows.state()
@@ -124,7 +125,7 @@ class DriftMonitor:
             "hidden": sorted(self._hidden),
             "said": sorted(self._said),
         }
-        held = dict(found for store in self._stores for found in store.held())
+        held = dict(pair for store in self._stores for pair in store.held())
         held |= {one.layer: one.held() for one in self._local}
         own = {"windows": mine, "layers": [held[layer] for layer in self._modules.values()]}
         return {"shared": shared, "own": own}
@@ -141,7 +142,7 @@ class DriftMonitor:
         Not a collective, but every rank loads, at the same step.
         """
         shared, own = state["shared"], state["own"]
-        fit.refuse_others(shared, self._modules, self._level, self._ranks if own is not None else None)
+        compatibility.check_state(shared, self._modules, self._level, self._ranks if own is not None else None)
         if not self._modules:
             return
         self._forwards, self._hidden = shared["forwards"].clone(), set(shared["hidden"])
@@ -171,14 +172,14 @@ class DriftMonitor:
 
     def _collect(self) -> tuple[Tensor, Tensor]:
         """This rank's packed Sums, and marks [L, 2] int64 of its running statistics; on the CPU, by one copy."""
-        read = dict(found for store in self._stores for found in store.read())
+        read = dict(pair for store in self._stores for pair in store.read())
         if self._local:
             messages = [one.messages() for one in self._local]
             together = collectives.sum_rows(torch.cat([m.flatten() for m in messages]), self._everyone)
             summed = together.split([m.numel() for m in messages])
             read |= {one.layer: one.read(s.view_as(m)) for one, s, m in zip(self._local, summed, messages, strict=True)}
         sums = self._layers.pack([read[layer] for layer in self._modules.values()])
-        marks = self._prints.read(sums.device)
+        marks = self._fingerprints.take(sums.device)
         packed = torch.cat([sums, marks.flatten().view(torch.float64)]).cpu()
         sums, marks = packed.split([packed.numel() - marks.numel(), marks.numel()])
         return sums, marks.view(torch.int64).view(-1, 2)
@@ -187,7 +188,7 @@ class DriftMonitor:
         layers, traits = self._layers, self._traits()
         mine, whole = self._windows.together()
         whole = self._seen(whole)
-        found = figures(whole, layers, traits, self._ranks, len(self._windows))
+        by_figure = figures(whole, layers, traits, self._ranks, len(self._windows))
         calm_mine, calm_whole = self._windows.calm()
         likely = chance(calm_mine, self._seen(calm_whole), layers)
         # What is tested: F of each layer, and the offset of each rank there
@@ -201,7 +202,7 @@ class DriftMonitor:
             Evidence(*one)
             for one in zip(
                 self._modules,
-                _by_layer(found),
+                _by_layer(by_figure),
                 _by_layer(self._windows.typical()),
                 traits.synced.tolist(),
                 (likely.between_ranks + tests).tolist(),

@@ -1,4 +1,4 @@
-"""What a layer's batches were like, kept on the device as they go by: nothing is sent, and the host never waits."""
+"""What batches of SyncBatchNorms were like, kept on the device as they go by: nothing is sent, the host never waits."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn import kernels
-from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up
+from syncbn.drift.statistics import CHANNEL, LAYER, Layers, Running, add_up, unpack_moments
 from syncbn.kernels import Form, Slot, unpacked
 from syncbn.moments import Moments
 
@@ -16,15 +15,13 @@ from syncbn.moments import Moments
 _SLOTS, _MANY_SLOTS, _FEW_BYTES = 16, 128, 2**22
 # What a layer keeps between readings, in tensors on the CPU
 Held = dict[str, Any]
-# Forwards since the last reading that are kept of a layer that does not synchronise, to be compared when it is read
-_KEPT = 4
 
 
 def stores(layers: Sequence[Any], per_image: bool) -> list["Store"]:
     """A Store for each device, of the layers on it."""
     by_device: dict[torch.device, list[Any]] = {}
     for layer in layers:
-        by_device.setdefault(_device(layer), []).append(layer)
+        by_device.setdefault(device_of(layer), []).append(layer)
     return [Store(of_device, per_image) for of_device in by_device.values()]
 
 
@@ -33,7 +30,7 @@ class Store:
 
     def __init__(self, layers: Sequence[Any], per_image: bool):
         self.layers = Layers([layer.num_features for layer in layers])
-        device = _device(layers[0])
+        device = device_of(layers[0])
         channels = self.layers.channels
         width = sum(5 * n + 3 for n in channels)
         rows = min(max(_SLOTS, _FEW_BYTES // (8 * width)), _MANY_SLOTS)
@@ -63,7 +60,7 @@ class Store:
         fields = self._rows[:filled, self._fields].split([channels] * 5 + [layers] * 3, dim=1)
         first, second, mean, m2, between, count, whole_count, images = fields
         running = Running(*self._running[:filled, self._of_running].double().chunk(2, dim=1))
-        local = _moments(count, self._of, first, second, self._is_message)
+        local = unpack_moments(count, self._of, first, second, self._is_message)
         whole = Moments(whole_count, mean, m2)
         scale = 1 / (running.var + self._eps)
         sums = add_up(local, whole, between, images, whole, running, scale, self._eps, self._of)
@@ -163,7 +160,7 @@ class Observer:
         if mean is None:
             moments, _ = unpacked(stats)
             mean, var = moments.mean, moments.unbiased_var
-        if _is_recorded(packed):
+        if is_recorded(packed):
             self._add(packed, form, between, stats, Running(mean, var))
             return
         if self._slots.device != packed.device:
@@ -185,7 +182,7 @@ class Observer:
     def _add(self, packed: Tensor, form: str, between: Tensor, stats: Tensor, running: Running) -> None:
         n, eps, (moments, _) = self._channels, self.layer.eps, unpacked(stats)
         first, second, count = packed.unsqueeze(0).split([n, n, 1], dim=1)
-        local = _moments(count, self._of, first, second, form == "message")
+        local = unpack_moments(count, self._of, first, second, form == "message")
         whole = Moments(moments.count.view(1, 1), moments.mean.unsqueeze(0), moments.m2.unsqueeze(0))
         between, images = between.unsqueeze(0).split([n, 1], dim=1)
         running = Running(*(t.double().unsqueeze(0) for t in running))
@@ -195,104 +192,6 @@ class Observer:
     def close(self) -> None:
         if vars(self.layer).get("observer") is self:
             del self.layer.observer
-
-
-class LocalObserver:
-    """Of a layer that does not synchronise: a hook that measures the first forwards after each reading.
-
-    What the other ranks' batches were like is asked for when it is read, in one message for all such layers.
-    """
-
-    def __init__(self, layer: Any, per_image: bool):
-        self._per_image, self.layer, self._channels = per_image, layer, layer.num_features
-        self._filled = 0
-        self._place(_device(layer))
-        self._hook = layer.register_forward_pre_hook(self._measure)
-
-    def _place(self, device: torch.device) -> None:
-        self._rows = torch.zeros(_KEPT, 5 * self._channels + 2, dtype=torch.float64, device=device)
-
-    def close(self) -> None:
-        self._hook.remove()
-
-    @torch.no_grad()
-    def _measure(self, layer: Any, inputs: Sequence[Tensor]) -> None:
-        x = inputs[0]
-        # An input that fits no layer is the layer's to refuse
-        if not layer.training or x.dim() < 2 or x.size(1) != self._channels:
-            return
-        if _is_recorded(x):
-            self._rows[0].copy_(self._row(x))
-            return
-        # Backward runs a checkpointed forward again
-        if torch._C._current_graph_task_id() != -1:
-            return
-        if self._rows.device != x.device:
-            self._place(x.device)
-        if self._filled < _KEPT:
-            self._rows[self._filled].copy_(self._row(x))
-            self._filled += 1
-
-    def _row(self, x: Tensor) -> Tensor:
-        layer, local = self.layer, kernels.choose(x).moments(x.detach(), None, "row", self._per_image)
-        between = local.between_images
-        if between is None:
-            between = local.packed.new_zeros(self._channels + 1)
-        if layer.running_mean is None:
-            mean, m2, count = local.packed.split([self._channels, self._channels, 1])
-            return torch.cat([local.packed, between, mean, m2 / (count - 1).clamp(min=1)])
-        return torch.cat([local.packed, between, layer.running_mean, layer.running_var])
-
-    def messages(self) -> Tensor:
-        """[K, 2C + 1]: the moments of each forward that was kept, as messages: added over ranks, the whole's."""
-        count, mean, m2 = self._moments(self._rows)
-        return torch.cat([count * mean, m2 + count * mean.square(), count], dim=1)
-
-    def read(self, summed: Tensor) -> Tensor:
-        """The packed Sums since the last reading. summed: what all ranks' messages add up to."""
-        n, eps = self._channels, self.layer.eps
-        total, squares, count = summed.split([n, n, 1], dim=1)
-        of = torch.zeros(n, dtype=torch.int64, device=summed.device)
-        whole, local = _moments(count, of, total, squares, True), self._moments(self._rows)
-        between, images, *running = self._rows[:, 2 * n + 1 :].split([n, 1, n, n], dim=1)
-        # One scale for all ranks, whose running statistics differ
-        scale = whole.count.sum() / (whole.m2.sum(0) + eps * whole.count.sum()).clamp(min=1e-300)
-        sums = add_up(local, whole, between, images, local, Running(*running), scale, eps, of).packed()
-        self.clear()
-        return sums
-
-    def held(self) -> Held:
-        """Rows of the forwards since the last reading."""
-        # One that repeats counts nothing
-        rows = max(self._filled, int(self._rows[0].any()))
-        return {"filled": self._filled, "rows": self._rows[:rows].to("cpu", copy=True)}
-
-    def hold(self, held: Held) -> None:
-        """Go on from what `held` said, on this device or another, where nothing is kept."""
-        self._filled = held["filled"]
-        self._rows[: len(held["rows"])].copy_(held["rows"])
-
-    def clear(self) -> None:
-        """Forget all that was seen since the last reading."""
-        self._rows.zero_()
-        self._filled = 0
-
-    def _moments(self, rows: Tensor) -> Moments:
-        mean, m2, count, _ = rows.split(
-            [self._channels, self._channels, 1, rows.size(1) - 2 * self._channels - 1], dim=1
-        )
-        return Moments(count, mean, m2)
-
-
-def _moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: Tensor | bool) -> Moments:
-    """Moments of K packed ones: count [K, L], mean and m2 [K, C]. message: which are so packed, the others are rows."""
-    mean = first / count[:, of].clamp(min=1)
-    if message is True:
-        return Moments(count, mean, (second - first * mean).clamp(min=0))
-    if message is False:
-        return Moments(count, first, second)
-    m2 = (second - first * mean).clamp(min=0)
-    return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
 
 
 def _apart(row: Tensor, before: Tensor, per_image: bool) -> Slot:
@@ -318,11 +217,11 @@ def _dtype_of_running(layers: Sequence[Any]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float64
 
 
-def _is_recorded(x: Tensor) -> bool:
+def is_recorded(x: Tensor) -> bool:
     """Whether this is compiled or captured to be run again: then it must do the same each time."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _device(layer: nn.Module) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
     held = next((t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))), None)
     return torch.device("cpu") if held is None else held.device

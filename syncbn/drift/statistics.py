@@ -142,6 +142,17 @@ class Running(NamedTuple):
     var: Tensor
 
 
+def unpack_moments(count: Tensor, of: Tensor, first: Tensor, second: Tensor, message: Tensor | bool) -> Moments:
+    """Moments of K packed ones: count [K, L], mean and m2 [K, C]. message: which are so packed, the others are rows."""
+    mean = first / count[:, of].clamp(min=1)
+    if message is True:
+        return Moments(count, mean, (second - first * mean).clamp(min=0))
+    if message is False:
+        return Moments(count, first, second)
+    m2 = (second - first * mean).clamp(min=0)
+    return Moments(count, torch.where(message, mean, first), torch.where(message, m2, second))
+
+
 def add_up(
     local: Moments,
     whole: Moments,
@@ -167,12 +178,12 @@ def add_up(
     share = local.count / whole.count.clamp(min=1)
     here, seen = (local.count > 0).double(), (whole.count > 0).double()
     freedom = here - share
-    count, known, apart = local.count[:, of], tracked.count[:, of] > 0, local.mean - whole.mean
+    count, has_moments, apart = local.count[:, of], tracked.count[:, of] > 0, local.mean - whole.mean
     # Of an empty rank or batch m2 is 0, and so is its variance
     var, local_var = (m.m2 / m.count[:, of].clamp(min=1) for m in (whole, local))
     unbiased = tracked.m2 / (tracked.count[:, of] - 1).clamp(min=1)
-    shift = known * (tracked.mean - running.mean) / (running.var + eps).sqrt()
-    ratio = known * ((unbiased + eps) / (running.var + eps)).log()
+    shift = has_moments * (tracked.mean - running.mean) / (running.var + eps).sqrt()
+    ratio = has_moments * ((unbiased + eps) / (running.var + eps)).log()
     terms = (
         (scale * count).sqrt() * apart,
         scale * count * apart.square(),

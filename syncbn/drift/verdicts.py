@@ -85,19 +85,19 @@ def shards_differ(layers: Sequence[Evidence], alpha: float) -> Verdict | None:
         for rank, (offset, chance) in enumerate(zip(one.offsets, one.log_chance_of_ranks, strict=True))
         if chance < sure and offset > SMALL_OFFSET
     ]
-    furthest = max(ranks, key=lambda found: found[0], default=None)
+    furthest = max(ranks, key=lambda candidate: candidate[0], default=None)
     if not apart and furthest is None:
         return None
     # The two ranks of a pair stand apart from each other alike
     rank = furthest[1] if furthest and len(layers[0].offsets) > 2 else None
     if apart:
         layer = max(apart, key=lambda one: one.figures["icc"])
-        found = f"ICC {layer.figures['icc']:.2f} at {layer.layer}"
+        evidence = f"ICC {layer.figures['icc']:.2f} at {layer.layer}"
     else:
         offset, _, layer = furthest  # pyright: ignore[reportGeneralTypeIssues]
-        found = f"offset {offset:.1f} σ at {layer.layer}"
+        evidence = f"offset {offset:.1f} σ at {layer.layer}"
     named = "" if rank is None else f", rank {rank}"
-    return Verdict("shards differ", f"shards differ ({found}{named})", layer.layer, rank)
+    return Verdict("shards differ", f"shards differ ({evidence}{named})", layer.layer, rank)
 
 
 def running_statistics_lag(layers: Sequence[Evidence], again: bool) -> Verdict | None:
@@ -110,8 +110,8 @@ def running_statistics_lag(layers: Sequence[Evidence], again: bool) -> Verdict |
     if lag(worst) < (1 / _SLACK if again else 1):
         return None
     mean, factor = worst.typical["lag"], math.exp(worst.typical["lag_logvar"])
-    found = f"mean by {mean:.1f} σ, variance by a factor {factor:.1f} at {worst.layer}"
-    return Verdict("running statistics lag", f"running statistics lag ({found})", worst.layer)
+    evidence = f"mean by {mean:.1f} σ, variance by a factor {factor:.1f} at {worst.layer}"
+    return Verdict("running statistics lag", f"running statistics lag ({evidence})", worst.layer)
 
 
 def batch_too_small(layers: Sequence[Evidence], again: bool) -> Verdict | None:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])
 @pytest.mark.parametrize("level", ["rank", "image"])
 def test_figures_are_those_of_a_cpu_and_no_step_waits(sync, level):
-    found = []
+    by_device = []
     for device in "cpu", "cuda":
         model = net(sync).to(device)
         monitor = DriftMonitor(model, level=level)
@@ -31,9 +31,9 @@ def test_figures_are_those_of_a_cpu_and_no_step_waits(sync, level):
                 model(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found.append(monitor.read().layers)
-    for layer, want in found[0].items():
-        assert found[1][layer] == pytest.approx(want, rel=1e-3, abs=1e-4)
+        by_device.append(monitor.read().layers)
+    for layer, want in by_device[0].items():
+        assert by_device[1][layer] == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "local"])

@@ -47,7 +47,7 @@ def images(rank, step, count, *, shift=0.0):
 def read_all(rank, case, readings=4, every=10):
     """Each reading of a monitor on a case: sync, batch, level, shift (of a rank), group, plant."""
     model = net(case.get("sync", True), **case.get("convert", {}))
-    found = []
+    readings_made = []
     with DriftMonitor(model, level=case.get("level", "image")) as monitor:
         for step in range(readings * every):
             shift = case.get("shift", {}).get(rank, 0.0)
@@ -59,8 +59,8 @@ def read_all(rank, case, readings=4, every=10):
             if step == case.get("plant") and rank == 1:
                 model.bn2.running_var[2] *= 1.5
             if step % every == every - 1:
-                found.append(monitor.read())
-    return found
+                readings_made.append(monitor.read())
+    return readings_made
 
 
 @pytest.mark.plain("sync-1-image", "local-3-rank")

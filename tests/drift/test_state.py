@@ -313,7 +313,7 @@ def written_again(rank, case, at):
     ids=["sync", "gather", "local"],
 )
 def test_a_monitor_says_again_what_it_was_told(case, form, at):
-    for told, said in run_ranks(written_again, 2, case, at):
-        assert str(said) == str(told)
-        assert_close(tensors_in(said), tensors_in(told), rtol=0, atol=0, equal_nan=True)
-        assert form is None or [layer["form"] for layer in told["own"]["layers"]] == [form] * 2
+    for loaded, said in run_ranks(written_again, 2, case, at):
+        assert str(said) == str(loaded)
+        assert_close(tensors_in(said), tensors_in(loaded), rtol=0, atol=0, equal_nan=True)
+        assert form is None or [layer["form"] for layer in loaded["own"]["layers"]] == [form] * 2

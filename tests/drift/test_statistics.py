@@ -8,9 +8,9 @@ from scipy import stats
 from torch.testing import assert_close
 
 from syncbn.drift import statistics
+from syncbn.drift.f_distribution import log_f_tail
 from syncbn.drift.figures import Traits, apart, chance, figures
 from syncbn.drift.statistics import Layers, Offsets, Running, Sums, add_up
-from syncbn.drift.tails import log_f_tail
 from syncbn.moments import Moments
 
 RUNS = 10_000  # each is a channel: channels do not meet
@@ -61,10 +61,10 @@ def test_the_tail_of_f_is_scipys(between, within):
     got = log_f_tail(f, *(torch.tensor(d, dtype=torch.float64) for d in (between, within)))
 
     want = torch.tensor(stats.f.logsf(f.numpy(), between, within))
-    known = want.isfinite()  # scipy's underflows
-    assert known.sum() >= 6
-    assert_close(got[known], want[known], rtol=1e-8, atol=1e-8)
-    assert (got[~known] < -700).all()
+    finite = want.isfinite()  # scipy's underflows
+    assert finite.sum() >= 6
+    assert_close(got[finite], want[finite], rtol=1e-8, atol=1e-8)
+    assert (got[~finite] < -700).all()
 
 
 def test_the_tail_of_what_is_no_f_is_nan():
@@ -190,11 +190,11 @@ def test_layers_side_by_side_have_the_figures_that_they_have_alone():
     together = Layers(channels)
     mine = together.unpack(together.pack([ranks[0].packed() for ranks, _ in each]))
     whole = together.unpack(together.pack([one.packed() for _, one in each]))
-    found = figures(whole, together, traits(3), 2, 1)
+    by_figure = figures(whole, together, traits(3), 2, 1)
     for n, (ranks, one) in enumerate(each):
         alone = Layers([channels[n]])
         for name, value in figures(one, alone, traits(1), 2, 1).items():
-            assert_close(found[name][n : n + 1], value, equal_nan=True)
+            assert_close(by_figure[name][n : n + 1], value, equal_nan=True)
         for got, want in zip(
             apart(Offsets.of(mine), whole, together), apart(Offsets.of(ranks[0]), one, alone), strict=True
         ):
@@ -217,10 +217,10 @@ def test_constant_and_nearly_constant_channels_are_counted_and_are_no_evidence()
         values[..., 1] *= 1e-4
     _, whole = sums_of(ranks)
 
-    found = figures(whole, Layers([4]), traits(1), 3, 1)
+    by_figure = figures(whole, Layers([4]), traits(1), 3, 1)
 
-    assert found["dead"].tolist() == [1]
-    assert found["eps_dominated"].tolist() == [2]
+    assert by_figure["dead"].tolist() == [1]
+    assert by_figure["eps_dominated"].tolist() == [2]
     each, whole = sums_of([values[..., :1] for values in ranks])
     assert chance(Offsets.of(each[2]), whole, Layers([1])).offset.tolist() == [0]
     assert chance(Offsets.of(each[2]), whole, Layers([1])).between_ranks.tolist() == [0]
@@ -229,7 +229,7 @@ def test_constant_and_nearly_constant_channels_are_counted_and_are_no_evidence()
 def test_what_cannot_be_known_is_nan():
     """One rank of one image in one forward."""
     _, whole = sums_of(shards(1, [1], channels=2))
-    found = figures(whole, Layers([2]), traits(1), 1, 1)
-    assert {name for name, value in found.items() if value.isfinite().all()} == {
+    by_figure = figures(whole, Layers([2]), traits(1), 1, 1)
+    assert {name for name, value in by_figure.items() if value.isfinite().all()} == {
         "lag", "lag_logvar", "kl", "dead", "eps_dominated", "conditioning",
     }  # fmt: skip

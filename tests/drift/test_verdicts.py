@@ -19,24 +19,24 @@ def evidence(
     "n_eff, again, said", [(11.9, False, True), (12.1, False, False), (12.1, True, True), (15.1, True, False)]
 )
 def test_a_small_batch_is_not_said_and_taken_back_by_turns(n_eff, again, said):
-    found = verdicts.batch_too_small([evidence(typical={"n_eff": n_eff})], again)
-    assert (found is not None) == said
+    verdict = verdicts.batch_too_small([evidence(typical={"n_eff": n_eff})], again)
+    assert (verdict is not None) == said
 
 
 @pytest.mark.parametrize(
     "lag, again, said", [(0.6, False, True), (0.45, False, False), (0.45, True, True), (0.3, True, False)]
 )
 def test_so_is_a_lag(lag, again, said):
-    found = verdicts.running_statistics_lag([evidence(typical={"lag": lag, "lag_logvar": 0.1})], again)
-    assert (found is not None) == said
+    verdict = verdicts.running_statistics_lag([evidence(typical={"lag": lag, "lag_logvar": 0.1})], again)
+    assert (verdict is not None) == said
 
 
 def test_the_layer_that_is_worst_is_named_and_the_mend_is_its_own():
     layers = [evidence("a", typical={"n_eff": 8.0}), evidence("b", typical={"n_eff": 5.0}, synced=False), evidence("c")]
-    found = verdicts.batch_too_small(layers, False)
-    assert found.text == "batch too small (n_eff 5 at b): use norm=sync or a larger group"
-    found = verdicts.batch_too_small(layers[:1], False)
-    assert found.text == "batch too small (n_eff 8 at a): more images a rank or more ranks"
+    verdict = verdicts.batch_too_small(layers, False)
+    assert verdict.text == "batch too small (n_eff 5 at b): use norm=sync or a larger group"
+    verdict = verdicts.batch_too_small(layers[:1], False)
+    assert verdict.text == "batch too small (n_eff 8 at a): more images a rank or more ranks"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_the_layer_that_is_worst_is_named_and_the_mend_is_its_own():
     ],
 )  # fmt: skip
 def test_shards_differ_if_it_is_sure_and_matters(given, text):
-    found = verdicts.shards_differ([evidence(**given)], 0.001)
-    assert (found and found.text) == text
+    verdict = verdicts.shards_differ([evidence(**given)], 0.001)
+    assert (verdict and verdict.text) == text
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_shards_differ_if_it_is_sure_and_matters(given, text):
     ],
 )
 def test_buffers_of_the_fewer_ranks_have_diverged(prints, who):
-    found = verdicts.buffers_diverged("running_var", prints, "bn")
-    assert (found and found.text) == (who and f"buffers diverged (bn.running_var of {who})")
+    verdict = verdicts.buffers_diverged("running_var", prints, "bn")
+    assert (verdict and verdict.text) == (who and f"buffers diverged (bn.running_var of {who})")

@@ -58,22 +58,22 @@ def _failures_of(cases: list[Case]) -> list[Failure | None]:
     for world in {len(case.ranks) for case in cases}:
         chosen = [case for case in cases if len(case.ranks) == world]
         try:
-            found = run_ranks(answers_of, world, chosen, timeout_s=HANG_S + len(chosen))
+            answered = run_ranks(answers_of, world, chosen, timeout_s=HANG_S + len(chosen))
         except Exception:
             # One of them raised or hung, and took the ranks with it: which?
             return [failure_of(case) for case in cases]
-        answers |= {case.seed: list(each) for case, each in zip(chosen, zip(*found, strict=True), strict=True)}
-    found = ((case, check(case, answers[case.seed])) for case in cases)
-    return [Failure(case, faults) if faults else None for case, faults in found]
+        answers |= {case.seed: list(each) for case, each in zip(chosen, zip(*answered, strict=True), strict=True)}
+    checked = ((case, check(case, answers[case.seed])) for case in cases)
+    return [Failure(case, faults) if faults else None for case, faults in checked]
 
 
 def failure_of(case: Case) -> Failure | None:
     """What is wrong with one case."""
     try:
-        found = run_ranks(answers_of, len(case.ranks), [case], timeout_s=HANG_S)
+        answered = run_ranks(answers_of, len(case.ranks), [case], timeout_s=HANG_S)
     except Exception as error:
         return Failure(case, [f"{type(error).__name__}: {error}"])
-    faults = check(case, [each[0] for each in found])
+    faults = check(case, [each[0] for each in answered])
     return Failure(case, faults) if faults else None
 
 
@@ -90,26 +90,26 @@ def answer_of(rank: int, case: Case, device: str = "cpu") -> dict[str, Any]:
     """What a rank finds in a case."""
     layer = layer_of(case, rank).to(device)
     given = [_leaves(case, rank, call, device) for call in range(case.calls)]
-    found: list[dict[str, Any] | None] = []
+    answers: list[dict[str, Any] | None] = []
     waiting: list[tuple[Tensor, Tensor]] = []
     for regions in [given] if case.one_region else [[each] for each in given]:
         try:
-            found += _forward(case, layer, regions)
+            answers += _forward(case, layer, regions)
         except ValueError as error:
             # That the whole batch has one value is for the check to know
             if "one value per channel" not in str(error):
                 raise
-            found.append(None)
+            answers.append(None)
             continue
-        waiting += [(answer["y"], each.dy) for answer, each in zip(found[-len(regions) :], regions, strict=True)]
+        waiting += [(answer["y"], each.dy) for answer, each in zip(answers[-len(regions) :], regions, strict=True)]
         if case.backward == "at-once":
             _backward(case, [waiting.pop()])
     for pairs in [waiting] if case.backward == "together" else [[pair] for pair in waiting]:
         _backward(case, pairs)
-    for answer, (x, _, residual, _) in zip(found, given, strict=True):
+    for answer, (x, _, residual, _) in zip(answers, given, strict=True):
         if answer is not None:
             answer |= {"y": answer["y"].detach().cpu(), "dx": _grad(x), "dresidual": _grad(residual)}
-    return {"calls": found, "gradients": {name: _grad(p) for name, p in layer.named_parameters()}}
+    return {"calls": answers, "gradients": {name: _grad(p) for name, p in layer.named_parameters()}}
 
 
 def layer_of(case: Case, rank: int) -> SyncBatchNorm:
@@ -162,14 +162,14 @@ def _forward(case: Case, layer: SyncBatchNorm, given: list[Tensors]) -> list[dic
         ys = region(*inputs)
     else:
         ys = checkpoint(region, *inputs, use_reentrant=case.recompute == "reentrant")
-    found = [{"y": y, "buffers": b, "eval": None} for y, b in zip(ys, buffers, strict=True)]
+    answers = [{"y": y, "buffers": b, "eval": None} for y, b in zip(ys, buffers, strict=True)]
     if case.evaluates:
         layer.eval()
         with torch.no_grad():
             relu = "relu" if case.relu == "call" else None
-            found[0]["eval"] = layer(given[0].x, given[0].residual, activation=relu).cpu()
+            answers[0]["eval"] = layer(given[0].x, given[0].residual, activation=relu).cpu()
         layer.train()
-    return found
+    return answers
 
 
 def _backward(case: Case, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -193,10 +193,10 @@ def shrunk(failure: Failure) -> Failure:
     """The simplest case that still fails, by changes of which each makes it simpler."""
     while True:
         smaller = (failure_of(case) for case in _simpler(failure.case))
-        found = next((f for f in smaller if f is not None), None)
-        if found is None:
+        simpler = next((f for f in smaller if f is not None), None)
+        if simpler is None:
             return failure
-        failure = found
+        failure = simpler
 
 
 def _simpler(case: Case) -> Iterator[Case]:
@@ -229,7 +229,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 def fuzz(seeds: Iterable[int], report: Callable[[str], None] = print, until: float | None = None) -> int:
     """How many cases failed, of the seeds' until that time.monotonic(). The first that fails is shrunk, and ends it."""
-    begun, told, done = time.monotonic(), time.monotonic(), 0
+    begun, reported, done = time.monotonic(), time.monotonic(), 0
     for seed, failure in _paired(seeds):
         done += 1
         if failure is not None:
@@ -238,8 +238,8 @@ def fuzz(seeds: Iterable[int], report: Callable[[str], None] = print, until: flo
             )
             return 1
         now = time.monotonic()
-        if now - told > 20:
-            told = now
+        if now - reported > 20:
+            reported = now
             report(f"{done} cases, {done / (now - begun):.0f} a second, up to seed {seed}")
         if until is not None and now > until:
             break

@@ -68,12 +68,12 @@ def _check_group(case: Case, ranks: tuple[int, ...], answers: list[dict[str, Any
         running.move(batch.mean, batch.var, batch.count, batch.mean_error, batch.var_error)
         for name, near in batch.sums().items():
             sums[name] = Near(*(a + b for a, b in zip(sums[name], near, strict=True)))
-        found = {name: _split(near, given) for name, near in batch.outputs().items()}
+        expected = {name: _split(near, given) for name, near in batch.outputs().items()}
         for i, (rank, tensor, answer) in enumerate(zip(ranks, given, got, strict=True)):
             lines = _check_layout(tensor, answer)
             share = case.ranks[rank]
             wanted = {"y": True, "dx": share.needs_grad, "dresidual": share.residual}
-            for name, nears in found.items():
+            for name, nears in expected.items():
                 if answer[name] is not None:
                     lines += Near(*(_unrows(t, tensor.x) for t in nears[i])).faults(answer[name], name)
                 elif wanted[name]:
@@ -165,14 +165,14 @@ class _Batch:
         g, z = self.g.abs(), self.z.abs()
         kind = torch.finfo(getattr(torch, self.case.parameters))
         rounded = self.u + (1 + self.case.calls) * kind.eps
-        found = {
+        sums = {
             "weight": (self.dweight, (g * z).sum(0), (g * self.of_z).sum(0)),
             "bias": (self.dbias, g.sum(0), 0),
         }
         # A share that the parameter's dtype cannot hold says nothing
         return {
             name: Near(value, (rounded * terms + error).where(terms < kind.max / self.case.calls, torch.inf))
-            for name, (value, terms, error) in found.items()
+            for name, (value, terms, error) in sums.items()
             if name in self.affine
         }
 

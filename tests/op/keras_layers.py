@@ -18,7 +18,7 @@ def main() -> None:
     import torch
 
     cases, results = sys.argv[1:]
-    found = {}
+    outputs = {}
     for name, case in torch.load(cases, weights_only=True).items():
         layer = keras.layers.BatchNormalization(axis=1, momentum=case["momentum"], epsilon=case["epsilon"])
         layer.build((None, *case["batches"].shape[2:]))
@@ -26,12 +26,12 @@ def main() -> None:
         batches = case["batches"].numpy()
         trained = [keras.ops.convert_to_numpy(layer(x, training=True)) for x in batches]
         evaluated = keras.ops.convert_to_numpy(layer(batches[0], training=False))
-        found[name] = {
+        outputs[name] = {
             "trained": torch.from_numpy(numpy.stack(trained)),
             "evaluated": torch.from_numpy(evaluated),
             "weights": [torch.from_numpy(numpy.array(w)) for w in layer.get_weights()],
         }
-    torch.save(found, results)
+    torch.save(outputs, results)
 
 
 if __name__ == "__main__":

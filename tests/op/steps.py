@@ -61,8 +61,8 @@ def joined(ranks):
     """What the ranks hold together; that their buffers are the same bits is checked on the way."""
     for other in ranks[1:]:
         for name, buffer in other["buffers"].items():
-            told = f"{name} differs between ranks: {{}}".format
-            assert_close(buffer, ranks[0]["buffers"][name], rtol=0, atol=0, equal_nan=True, msg=told)
+            message = f"{name} differs between ranks: {{}}".format
+            assert_close(buffer, ranks[0]["buffers"][name], rtol=0, atol=0, equal_nan=True, msg=message)
     return {
         "y": torch.cat([r["y"] for r in ranks]),
         "dx": torch.cat([r["dx"] for r in ranks]),

@@ -52,7 +52,7 @@ def assert_alike(ours, theirs, row):
     """Within torch's own tolerances, less what DIFFERENT says."""
     if row.x.numel() == 0:
         name, _ = DIFFERENT["zero_batch"]
-        ours, theirs = ({n: t for n, t in found.items() if n != name} for found in (ours, theirs))
+        ours, theirs = ({n: t for n, t in result.items() if n != name} for result in (ours, theirs))
     assert_close(ours, theirs, msg=lambda m: f"{row}\n{m}")
 
 
@@ -64,7 +64,7 @@ def assert_no_farther(ours, theirs, exact, row):
             continue
         assert ours[name].dtype == theirs[name].dtype or "running" in name
         rounding = torch.finfo(row.x.dtype).eps * max(want.abs().max().item(), 1e-3)
-        off, torchs = ((found[name].double() - want).abs().max().item() for found in (ours, theirs))
+        off, torchs = ((result[name].double() - want).abs().max().item() for result in (ours, theirs))
         assert off <= max(torchs, rounding), f"{row}\n{name} is off by {off}, torch's by {torchs}"
 
 

@@ -69,7 +69,7 @@ class Double(nn.Module):
         return w / 2
 
 
-def told(change, model, **options):
+def conversion_of(change, model, **options):
     reports = []
     assert change(model, **options, report=reports.append) is model
     return reports.pop()
@@ -128,9 +128,9 @@ def test_convert_and_revert_change_classes_and_nothing_else():
 @pytest.mark.parametrize("dims", BATCH_NORMS)
 def test_a_batch_norm_itself_converts(dims):
     layer = BATCH_NORMS[dims](3)
-    assert told(convert, layer).changed == ("",)
+    assert conversion_of(convert, layer).changed == ("",)
     assert type(layer) is SyncBatchNorm
-    assert told(revert, layer).changed == ("",)
+    assert conversion_of(revert, layer).changed == ("",)
     assert type(layer) is BATCH_NORMS[dims]
 
 
@@ -215,16 +215,16 @@ def test_a_copy_of_a_converted_model_is_converted_and_reverts(duplicate):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_half_precision_buffers_are_float32_while_converted(dtype, device):
     model = net().to(dtype).to(device)
-    identities = {name: told[0] for name, told in tensors(model).items()}
+    identities = {name: identity[0] for name, identity in tensors(model).items()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
 
     for layer in (convert(model)[1], model[3][1]):
         assert (layer.running_mean.dtype, layer.running_var.dtype) == (torch.float32, torch.float32)
         assert layer.weight.dtype == dtype
-    assert {name: told[0] for name, told in tensors(model).items()} == identities
+    assert {name: identity[0] for name, identity in tensors(model).items()} == identities
 
     revert(model)
-    assert {name: told[0] for name, told in tensors(model).items()} == identities
+    assert {name: identity[0] for name, identity in tensors(model).items()} == identities
     assert {name: b.dtype for name, b in model.named_buffers()} == {name: b.dtype for name, b in buffers.items()}
     if device == "cpu":
         assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
@@ -406,20 +406,20 @@ def test_what_cannot_convert_is_left_alone_with_a_reason(make, reason):
     model = nn.Sequential(make(), nn.BatchNorm1d(3))
     kind = type(model[0])
 
-    report = told(convert, model)
+    report = conversion_of(convert, model)
 
     assert report.changed == ("1",)
     assert list(report.left) == ["0"]
     assert reason in report.left["0"]
     assert type(model[0]) is kind
-    assert told(revert, model).left == {}
+    assert conversion_of(revert, model).left == {}
 
 
 @pytest.mark.parametrize("base", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d])
 def test_subclasses_are_left_alone(base):
     kind = type("Own", (base,), {})
     model = nn.Sequential(kind() if base is nn.LazyBatchNorm2d else kind(3))
-    assert list(told(convert, model).left) == ["0"]
+    assert list(conversion_of(convert, model).left) == ["0"]
     assert type(model[0]) is kind
 
 
@@ -427,18 +427,18 @@ def test_other_norms_are_counted_but_not_left():
     instance_norm = nn.InstanceNorm1d(3, track_running_stats=True)
     container = type("PreNorm", (nn.Sequential,), {})
     model = nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), container(nn.LayerNorm(3)), instance_norm)
-    report = told(convert, model)
+    report = conversion_of(convert, model)
     assert (report.changed, report.left) == ((), {})
     assert report.others == {"GroupNorm": 1, "LayerNorm": 2, "InstanceNorm1d": 1}
 
 
 def test_a_layer_that_is_ours_keeps_its_group():
     model = nn.Sequential(SyncBatchNorm(3, group=2), nn.BatchNorm1d(3))
-    report = told(convert, model, group=4)
+    report = conversion_of(convert, model, group=4)
     assert (model[0].group, model[1].group) == (2, 4)
     assert (report.changed, report.left) == (("1",), {})
 
-    report = told(revert, model)
+    report = conversion_of(revert, model)
     assert type(model[0]) is SyncBatchNorm
     assert report.changed == ("1",)
     assert "built as SyncBatchNorm" in report.left["0"]
@@ -494,7 +494,7 @@ SELECTIONS = {
 @pytest.mark.parametrize("options, want", SELECTIONS.values(), ids=SELECTIONS)
 def test_patterns_select_layers_by_name(options, want):
     model = named()
-    report = told(convert, model, **options)
+    report = conversion_of(convert, model, **options)
     assert list(report.changed) == want
     assert report.left == {}
     assert [name for name, m in model.named_modules() if isinstance(m, SyncBatchNorm)] == want

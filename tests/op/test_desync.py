@@ -55,11 +55,11 @@ def complaints(rank, steps, odd_one, options):
     usual, odd = steps
     model = two_layers(**options)
     with DesyncMonitor(model) as monitor:
-        found = []
+        heard = []
         for order in usual, odd if rank == odd_one else usual, usual:
             step(model, *order)
-            found.append(complaint(monitor))
-        return found
+            heard.append(complaint(monitor))
+        return heard
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "gather"}], ids=["all_reduce", "gather"])
@@ -120,8 +120,8 @@ def test_ranks_of_different_groups_may_run_different_layers():
 def test_what_differs_inside_a_group_is_told_to_all():
     want = "message 2 since the last check of ranks 2, 3: rank 3 ran b (forward) where rank 2 ran a (forward). "
 
-    for found in run_ranks(pairs, 4, 3):
-        assert found.startswith(want)
+    for complaint in run_ranks(pairs, 4, 3):
+        assert complaint.startswith(want)
 
 
 def refused_models(rank, other):
@@ -288,12 +288,12 @@ def without_syncbn(rank, steps, before):
                 monitor.alive(steps)
             stop(pids[1])
         dist.barrier()
-        known = monitor.stall
+        cause = monitor.stall
         monitor.alive(steps + 1)
         time.sleep(PATIENCE_S)
         left = monitor.stall
         monitor.check()
-    return stall.texts, known, left
+    return stall.texts, cause, left
 
 
 @pytest.mark.plain("in-a-step")
@@ -308,12 +308,12 @@ def without_syncbn(rank, steps, before):
     ids=["at-once", "in-the-first-step", "between-steps", "in-a-step"],
 )
 def test_a_rank_that_stops_is_named_without_any_message(steps, before, here, there):
-    (texts, known, left), (of_stopped, *_) = run_ranks(without_syncbn, 2, steps, before, timeout_s=60)
+    (texts, cause, left), (of_stopped, *_) = run_ranks(without_syncbn, 2, steps, before, timeout_s=60)
 
     (text,) = texts
     silent = r"rank 1, last heard of \d s ago, "
     assert re.fullmatch(rf"no progress for \d s: this rank \(0\) {here}; {silent}{there}", text)
-    assert known == text, "whoever catches an error of the collective can tell the cause"
+    assert cause == text, "whoever catches an error of the collective can tell the cause"
     assert left is None, "it is over"
     assert of_stopped == []
 

@@ -27,8 +27,8 @@ def test_every_choice_is_drawn():
 
 
 def has_a_mask_in_half_precision(case):
-    found = case.dtype == "float16" and any(share.mask == "element" and share.images for share in case.ranks)
-    return fuzz.Failure(case, ["a fault"]) if found else None
+    fails = case.dtype == "float16" and any(share.mask == "element" and share.images for share in case.ranks)
+    return fuzz.Failure(case, ["a fault"]) if fails else None
 
 
 def test_a_case_that_fails_is_told_with_its_seed_and_shrunk():

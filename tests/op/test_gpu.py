@@ -156,12 +156,12 @@ def test_what_merges_parts_on_one_stream_leaves_another_stream_and_a_graph_alone
         # The graph goes by the stream that it is replayed on
         with torch.cuda.stream(streams[1]):
             graph.replay()
-        found = []
+        by_stream = []
         for stream, other in zip(streams[1:], layers[1:], strict=True):
             with torch.cuda.stream(stream):
-                found.append(step_with(other, *given))
+                by_stream.append(step_with(other, *given))
         torch.cuda.synchronize()
-        for got in (of_graph, *found):
+        for got in (of_graph, *by_stream):
             assert_close(got, want, rtol=0, atol=0)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn import SyncBatchNorm, collectives, sync_batch_norm
+from syncbn import SyncBatchNorm, check_group, collectives, group_size, sync_batch_norm
 from syncbn.groups import Place, divide, plain
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
@@ -122,18 +122,19 @@ def error_of(rank, groups, x):
     ids=["does-not-divide", "left-out", "no-such-rank", "overlap", "ranks-disagree"],
 )
 def test_groups_that_do_not_fit_are_one_error_on_every_rank(groups, error):
-    told = run_ranks(error_of, 4, groups, torch.randn(2, 3))
+    errors = run_ranks(error_of, 4, groups, torch.randn(2, 3))
 
-    assert len(set(told)) == 1
-    assert error in told[0]
+    assert len(set(errors)) == 1
+    assert error in errors[0]
 
 
 @pytest.mark.parametrize(
     "group", ["galaxy", "", 0, -1, True, 2.0, None, [], [0, 0], ["a"], {}, {"samples": 0}, {"images": 4}], ids=str
 )
 def test_what_is_no_group_is_refused_at_once(group):
-    with pytest.raises(ValueError, match=r"group is .*: give 'world', 'node', a number of ranks"):
-        SyncBatchNorm(3, group=group)
+    for refuse in check_group, lambda group: SyncBatchNorm(3, group=group):
+        with pytest.raises(ValueError, match=r"group is .*: give 'world', 'node', a number of ranks"):
+            refuse(group)
 
 
 def outside(rank):
@@ -174,6 +175,34 @@ def test_division_of_a_world():
     assert divide([Place(plain({"samples": 64}), "a", 1)] * 2) == [(0, 1)] * 2  # too few in all: all
     uneven = [Place(plain({"samples": 4}), "a", n) for n in (1, 1, 1, 1, 40, 40)]
     assert divide(uneven) == [tuple(range(6))] * 6  # 4 and 2 ranks would do, but 4 divides not 6
+
+
+SIZES = {
+    "world": ("world", {}, 6),
+    "node": ("node", {"node_ranks": 2}, 2),
+    "k": (3, {}, 3),
+    "list": ([3, 5], {}, 2),
+    "samples": ({"samples": 5}, {"samples": 2}, 3),
+    "too-few-samples": ({"samples": 50}, {"samples": 2}, 6),
+}
+
+
+@pytest.mark.parametrize(("group", "job", "size"), SIZES.values(), ids=SIZES)
+def test_a_groups_size_is_known_before_the_job_runs(group, job, size):
+    assert group_size(group, 6, **job) == size
+
+
+@pytest.mark.parametrize(
+    ("group", "why"), [(4, "must divide the number of ranks, 6"), ([6], "ranks are 0 to 5"), ("nod", "give 'world'")]
+)
+def test_a_group_that_does_not_fit_has_no_size(group, why):
+    with pytest.raises(ValueError, match=why):
+        group_size(group, 6)
+
+
+@pytest.mark.parametrize("group", ["world", "node", 3, [0, 2], {"samples": 8}], ids=str)
+def test_a_group_passes_its_check(group):
+    assert check_group(group) is group
 
 
 def copies(rank, spec, xs, dys):
@@ -283,9 +312,9 @@ def test_a_layer_that_lost_its_peers_says_so_and_finds_new_ones(tmp_path):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(outlived, (tmp_path / "store", queue), nprocs=2)
 
-    told = [queue.get() for _ in range(4)]
-    assert sum(answer == 2 for answer in told) == 2
-    assert sum("was destroyed: initialise one" in str(answer) for answer in told) == 2
+    answers = [queue.get() for _ in range(4)]
+    assert sum(answer == 2 for answer in answers) == 2
+    assert sum("was destroyed: initialise one" in str(answer) for answer in answers) == 2
 
 
 def agreements(rank, x):
@@ -294,7 +323,7 @@ def agreements(rank, x):
 
     from syncbn import convert
 
-    with patch.object(collectives, "gather_objects", wraps=collectives.gather_objects) as agree:
+    with patch.object(collectives.log_time, "gather_objects", wraps=collectives.gather_objects) as agree:
         net = convert(nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(4)]), group=2)
         for model in net, copy.deepcopy(net):
             model(x[rank])
@@ -352,10 +381,10 @@ def test_a_group_of_nccl_is_asked_for_with_the_same_timeout():
     timeout = timedelta(seconds=TIMEOUT_S)
     with (
         patch.object(dist, "get_backend", return_value="nccl"),
-        patch.object(collectives, "_timeout", return_value=timeout),
+        patch.object(collectives.process_groups, "timeout_of", return_value=timeout),
         patch.object(dist, "new_group") as new_group,
     ):
-        collectives._new_group((0, 1))
+        collectives.process_groups.new_group((0, 1))
     given = new_group.call_args.kwargs
     assert given["timeout"] == timeout
     assert given.get("pg_options") is None

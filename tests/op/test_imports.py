@@ -9,5 +9,5 @@ def test_the_operator_needs_torch_alone():
         "import sys, torch; before = set(sys.modules); import syncbn; "
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "['syncbn']"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['syncbn']"

@@ -97,7 +97,7 @@ def step(kernel, x, dy, weight, bias, residual, mask, relu, form="message"):
     sums = kernel.grad_sums(dy, x, stats, affine, y if needs_y else None)
     past_relu = affine._replace(relu=relu and not needs_y)
     dx = kernel.grad_input(sums.g, x, stats, past_relu, sums.packed, mask)
-    found = {
+    results = {
         "between_images": local.between_images,
         "mean": moments.mean,
         "var": moments.var,
@@ -110,7 +110,7 @@ def step(kernel, x, dy, weight, bias, residual, mask, relu, form="message"):
         "dresidual": sums.g if residual is not None else None,
         "dx": dx,
     }
-    return {name: t for name, t in found.items() if t is not None}
+    return {name: t for name, t in results.items() if t is not None}
 
 
 def in_float64(case, form="message"):
@@ -338,7 +338,7 @@ class Fails:
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input", "merge", "update_running"])
 def test_a_kernel_that_does_not_compile_is_found_before_training(name):
     triton.probe(torch.device(DEVICE))
-    owner = next(room for room in (triton.forward, triton.backward, triton.steps) if hasattr(room, name))
+    owner = next(room for room in (triton.forward, triton.backward, triton.statistics) if hasattr(room, name))
     with patch.object(owner, name, Fails(name)), pytest.raises(RuntimeError, match=f"{name} does not compile"):
         triton.probe(torch.device(DEVICE))
 

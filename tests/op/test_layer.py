@@ -80,11 +80,11 @@ def refused(rank, x, named, weight, reduction):
         layer.weight = nn.Parameter(weight)
     try:
         layer(x[rank], **named if rank == 0 else {})
-        told = None
+        refusal = None
     except (ValueError, TypeError) as error:
-        told = str(error)
+        refusal = str(error)
     good, dy = batch((3, 4), torch.float32)
-    return told, train_layer(rank, SyncBatchNorm(3), good.split(4), dy.split(4)), layer.num_batches_tracked.item()
+    return refusal, train_layer(rank, SyncBatchNorm(3), good.split(4), dy.split(4)), layer.num_batches_tracked.item()
 
 
 GOOD = torch.randn(2, 3, 4)

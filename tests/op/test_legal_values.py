@@ -81,14 +81,14 @@ def test_a_part_that_is_frozen_has_no_gradient_and_the_rest_the_same(frozen, x_n
 
 def frozen_step(rank, xs, dys, frozen, x_needs_gradient):
     """The gradients of a layer of which a part is frozen, and those of one of which nothing is, but for that part."""
-    found = []
+    gradients_of_both = []
     for freeze in True, False:
         layer = SyncBatchNorm(3, dtype=torch.float64)
         getattr(layer, frozen).requires_grad_(not freeze)
         x = xs[rank].clone().requires_grad_(x_needs_gradient or not freeze)
         layer(x).backward(dys[rank])
         gradients = {name: p.grad for name, p in layer.named_parameters() if name != frozen or freeze}
-        found.append({name: g for name, g in gradients.items() if g is not None})
+        gradients_of_both.append({name: g for name, g in gradients.items() if g is not None})
         if x_needs_gradient:
-            found[-1]["x"] = x.grad
-    return found
+            gradients_of_both[-1]["x"] = x.grad
+    return gradients_of_both

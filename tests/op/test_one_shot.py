@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from syncbn import one_shot
-from syncbn.collectives import gather_objects
-from syncbn.one_shot import Mailbox
+from syncbn.collectives import gather_objects, one_shot
+from syncbn.collectives.one_shot import Mailbox
 from tests.op.steps import EXACT, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
 
@@ -66,8 +65,8 @@ def by_one_shot(rank, path, layer, *args):
     real = Mailbox(SharedFile(path, rank, dist.get_world_size()))
     box = type("Box", (), {"gather": staticmethod(gather)})
     with (
-        patch.object(one_shot, "mailbox", lambda *_: box),
-        patch("syncbn.collectives._on_gpu", lambda message: True),
+        patch.object(one_shot, "mailbox_of", lambda *_: box),
+        patch("syncbn.collectives.messages.on_gpu", lambda message: True),
         patch.object(dist, "all_gather_into_tensor", side_effect=AssertionError),
     ):
         return train_layer(rank, layer, *args), sent
@@ -113,7 +112,8 @@ def opened(rank, gpus, refusing):
         patch.object(one_shot, "_symmetric_memory", memory),
     ):
         boxes = {}
-        first, second = (one_shot.mailbox(boxes, dist.group.WORLD, torch.zeros(n), gather_objects) for n in (3, 1000))
+        rows = torch.zeros(3), torch.zeros(1000)
+        first, second = (one_shot.mailbox_of(boxes, dist.group.WORLD, row, gather_objects) for row in rows)
     return first is not None and first is second
 
 

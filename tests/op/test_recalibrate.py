@@ -99,7 +99,7 @@ def recalibrated(rank, net, shares, **options):
     return statistics_of(net), population
 
 
-def told(rank, net, shares):
+def error_of(rank, net, shares):
     """What is raised, as text; that nothing changed is checked on the way."""
     before = everything_else(net), statistics_of(net)
     error = "nothing was raised"
@@ -355,22 +355,22 @@ NONE = A[:0]
     ids=["uneven", "nothing-here", "nothing", "failing", "failing-at-the-end", "not-iterable", "not-finite", "refused"],
 )
 def test_every_rank_learns_what_is_wrong_with_the_stream(shares, errors):
-    for text, error in zip(run_ranks(told, 2, convert(small_net()), shares), errors, strict=True):
+    for text, error in zip(run_ranks(error_of, 2, convert(small_net()), shares), errors, strict=True):
         assert text.startswith(error)
 
 
 def test_a_lone_process_needs_batches_too():
-    assert told(0, small_net(), [iter([])]).startswith("ValueError: there are no batches")
-    assert told(0, small_net(), [Failing(A)]) == "OSError: disk on fire"
+    assert error_of(0, small_net(), [iter([])]).startswith("ValueError: there are no batches")
+    assert error_of(0, small_net(), [Failing(A)]) == "OSError: disk on fire"
 
 
 def test_a_forward_that_fails_leaves_the_model_as_it_was():
     net = nn.Sequential(*small_net(), Poisoned())
-    assert told(0, net, [[*stream()[3:], A]]) == "OSError: forward on fire"
+    assert error_of(0, net, [[*stream()[3:], A]]) == "OSError: forward on fire"
 
 
 def told_of_layers(rank, nets):
-    return told(rank, nets[rank], [[A]] * 2)
+    return error_of(rank, nets[rank], [[A]] * 2)
 
 
 def test_every_rank_learns_that_there_is_nothing_to_do_or_not_the_same():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from syncbn import collectives, shared_memory
+from syncbn.collectives import memory as memory_of_groups
 from syncbn.shared_memory import agreement
 from tests.launch.hosts import needs_namespaces, two_hosts
 from tests.messages import LEADERS, recorded
@@ -62,7 +63,7 @@ def fresh_group():
 
 def mailbox_of(group):
     collectives.resolve_once(group, 0)
-    return collectives._memories[group].mailbox
+    return memory_of_groups.memories[group].mailbox
 
 
 def row_of(rank, turn, length):
@@ -252,13 +253,13 @@ def test_groups_have_memory_of_their_own():
 def agreed_when(rank, how):
     """What a group has agreed on, what its members were told, and what a message adds up to all the same."""
     group = fresh_group()
-    with warnings.catch_warnings(record=True) as told, how(rank):
+    with warnings.catch_warnings(record=True) as warned, how(rank):
         warnings.simplefilter("always")
         collectives.resolve_once(group, 0)
     message = torch.full((5,), 1.0 + rank, dtype=torch.float64)
     with recorded() as sent:
-        collectives._add(message, group, "auto")
-    return collectives._memories[group] is not None, [str(w.message) for w in told], message[4].item(), len(sent)
+        collectives.messages.sum_message(message, group, "auto")
+    return memory_of_groups.memories[group] is not None, [str(w.message) for w in warned], message[4].item(), len(sent)
 
 
 def everything_fits(rank):
@@ -316,7 +317,7 @@ def test_all_share_memory_or_none_and_one_line_says_why(how, want, line):
         (total, shared, sent) for shared, _, total, sent in run_ranks(agreed_when, 3, how)
     ):
         assert (message_sum, shared, sent) == (6.0, want, 1)
-    lines = [text for _, told, *_ in run_ranks(agreed_when, 3, how) for text in told]
+    lines = [text for _, texts, *_ in run_ranks(agreed_when, 3, how) for text in texts]
     assert len(lines) == (line is not None)
     assert line is None or re.fullmatch(f"messages go through gloo, as {line}.*", lines[0])
 
@@ -377,7 +378,7 @@ def test_a_rank_that_waits_hears_signals():
 
 def interrupted_between(rank):
     """An exception falls on rank 0 after it has left its row, before Python waits for the others."""
-    mailbox, told = mailbox_of(fresh_group()), []
+    mailbox, outcomes = mailbox_of(fresh_group()), []
     if rank == 1:
         time.sleep(0.3)
     for turn in range(3):
@@ -385,10 +386,10 @@ def interrupted_between(rank):
         try:
             with falls if (rank, turn) == (0, 0) else nullcontext():
                 mailbox.add(torch.ones(3, dtype=torch.float64))
-            told.append("complete")
+            outcomes.append("complete")
         except (KeyboardInterrupt, dist.DistError) as error:
-            told.append(str(error))
-    return told
+            outcomes.append(str(error))
+    return outcomes
 
 
 def test_a_message_that_was_given_up_is_the_last():
@@ -423,8 +424,8 @@ def forked(rank):
 
 
 def test_a_fork_of_a_rank_is_no_rank_and_takes_nothing_with_it():
-    (told, total), (_, same) = run_ranks(forked, 2)
-    assert "it is a fork of one" in told
+    (answer, total), (_, same) = run_ranks(forked, 2)
+    assert "it is a fork of one" in answer
     assert total == same == 2.0**21
 
 
@@ -507,19 +508,19 @@ def failing_leader(rank):
     group = fresh_group()
     with host_of("aabb"[rank]):
         collectives.resolve_once(group, 0)
-    memory = collectives._memories[group]
+    memory = memory_of_groups.memories[group]
     try:
-        with patch.object(collectives, "_all_reduce", side_effect=RuntimeError("[gloo] Connection closed by peer")):
+        with patch.object(memory_of_groups, "all_reduce", side_effect=RuntimeError("[gloo] Connection closed by peer")):
             memory.add(torch.zeros(3, dtype=torch.float64))
     except RuntimeError as error:
         return str(error)
 
 
 def test_a_leader_that_lost_the_others_tells_its_neighbours():
-    told = run_ranks(failing_leader, 4)
-    assert told[::2] == ["[gloo] Connection closed by peer"] * 2
-    assert told[1].startswith("rank 0 died or left")
-    assert told[3].startswith("rank 2 died or left")
+    errors = run_ranks(failing_leader, 4)
+    assert errors[::2] == ["[gloo] Connection closed by peer"] * 2
+    assert errors[1].startswith("rank 0 died or left")
+    assert errors[3].startswith("rank 2 died or left")
 
 
 IN_A_CONTAINER = """
@@ -530,7 +531,7 @@ rank, world = int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
 layer = SyncBatchNorm(1, dtype=torch.float64)
 layer(torch.tensor([[0.0], [4.0 * rank]], dtype=torch.float64))
-(memory,) = [memory for group, memory in collectives._memories.items()]
+(memory,) = collectives.memory.memories.values()
 shared = memory and (memory.hosts, memory.mailbox is not None, memory.leaders is not None)
 sys.stdout.write(f"{layer.running_mean.item()} {shared}\\n")
 sys.stdout.flush()
@@ -662,7 +663,7 @@ def dies_anywhere(rank, queue):
         return real(value, group)
 
     try:
-        with patch.object(collectives, "gather_objects", gather):
+        with patch.object(collectives.log_time, "gather_objects", gather):
             mailbox_of(fresh_group())
     except RuntimeError as error:
         queue.put(str(error))
@@ -745,8 +746,8 @@ def born_again(rank, queue, path):
             dist.init_process_group("gloo", f"file://{path}-{life}", rank=rank, world_size=2)
         group = collectives.resolve_once("world", 0)
         message = torch.ones(3, dtype=torch.float64)
-        collectives._add(message, group, "auto")
-        totals.append((message[0].item(), collectives._memories[group] is not None, len(collectives._memories)))
+        collectives.messages.sum_message(message, group, "auto")
+        totals.append((message[0].item(), memory_of_groups.memories[group] is not None, len(memory_of_groups.memories)))
     queue.put(totals)
 
 

@@ -76,12 +76,12 @@ def _pickled() -> bytes:
     modules = [info for info in module_db if "BatchNorm" in info.module_cls.__name__]
     modules = [info for info in modules if "Lazy" not in info.module_cls.__name__]
     ops = {info.name: info for info in op_db if info.name in _ARGUMENTS and not info.variant_test_name}
-    found: Rows = (
+    rows: Rows = (
         [row for info in modules for row in _module_rows(info)],
         [row for info in modules for row in _error_rows(info)],
         [row for info in ops.values() for row in _op_rows(info)],
     )
-    return pickle.dumps(found)
+    return pickle.dumps(rows)
 
 
 def _samples(info: Any, make: Any, training: bool, dtype: torch.dtype) -> list[Any]:
@@ -90,7 +90,7 @@ def _samples(info: Any, make: Any, training: bool, dtype: torch.dtype) -> list[A
 
 
 def _module_rows(info: Any) -> list[ModuleRow]:
-    found = []
+    rows = []
     for dtype in info.dtypes:
         for training in (True, False):
             for sample in _samples(info, info.module_inputs_func, training, dtype):
@@ -101,19 +101,19 @@ def _module_rows(info: Any) -> list[ModuleRow]:
                     want = sample.reference_fn(module, list(module.parameters()), *given.args, **given.kwargs).detach()
                 (x,) = given.args
                 name = info.module_cls.__name__
-                found.append(ModuleRow(name, training, dtype, made.args, made.kwargs, x.detach(), want))
-    return found
+                rows.append(ModuleRow(name, training, dtype, made.args, made.kwargs, x.detach(), want))
+    return rows
 
 
 def _error_rows(info: Any) -> list[ErrorRow]:
     if info.module_error_inputs_func is None:
         return []
-    found = []
+    rows = []
     for sample in _samples(info, info.module_error_inputs_func, True, torch.float64):
         made, given = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
         x = None if given is None or "FORWARD" not in str(sample.error_on) else given.args[0].detach()
-        found.append(ErrorRow(info.module_cls.__name__, made.args, made.kwargs, x, sample.error_type))
-    return found
+        rows.append(ErrorRow(info.module_cls.__name__, made.args, made.kwargs, x, sample.error_type))
+    return rows
 
 
 # How each function takes what it is given
@@ -135,7 +135,7 @@ _DEFAULTS = {
 
 
 def _op_rows(info: Any) -> list[OpRow]:
-    found = []
+    rows = []
     for dtype in sorted(info.dtypes, key=str):
         torch.manual_seed(0)
         for sample in info.sample_inputs("cpu", dtype):
@@ -146,5 +146,5 @@ def _op_rows(info: Any) -> list[OpRow]:
             given = _DEFAULTS | {"training": "training" not in names}
             given |= dict(zip(names, sample.args, strict=False)) | sample.kwargs
             given.pop("cudnn_enabled", None)
-            found.append(OpRow(info.name, sample.input, **given))
-    return found
+            rows.append(OpRow(info.name, sample.input, **given))
+    return rows

@@ -1,4 +1,4 @@
-"""The kernels in C, for CPUs: each pass reads and writes its tensors once, and does the steps over channels too.
+"""The kernels in C, for CPUs: each pass reads and writes its tensors once, and does the statistics of channels too.
 
 Threads are torch's own, torch.get_num_threads() of them; how many makes no difference to a bit. Where the relu let a
 value through is computed from x again, unless a residual was added.

@@ -4,7 +4,7 @@ import zlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("calls.c", "passes.c", "steps.c"))
+SOURCES = tuple(HERE / name for name in ("calls.c", "passes.c", "statistics.c"))
 # No -ffast-math: what is not a number must stay so. -fno-math-errno and -fno-trapping-math change no result
 FLAGS = ("-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi")
 

@@ -171,7 +171,7 @@ enum { COLUMNS = 256 };
 /* passes.c */
 const passes *passes_of(int64_t dtype);
 
-/* steps.c */
+/* statistics.c */
 void merge(const double *rows, int64_t count, int64_t channels, double *merged, double *between);
 void to_message(double *row, int64_t channels);
 void to_stats(const normalize_call *call);

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from syncbn.kernels.contract import Affine, Form, Local, Running, Sums
-from syncbn.kernels.triton import backward, forward, launch, steps
+from syncbn.kernels.triton import backward, forward, launch, statistics
 from syncbn.kernels.triton.plan import ROWS, TILE, planned
 
 NEEDS_Y = False
@@ -82,7 +82,7 @@ def update_running(running: Running, stats: Tensor) -> None:
     mean, var, batches, momentum = running
     key = ("update_running", stats.size(0), stats.device, mean.dtype, momentum is None)
     inputs = (mean, var, batches, stats, mean.size(0), momentum or 0.0, momentum is None)
-    launch.start(launch.runners_of_steps, stats.device, steps.update_running, 1, key, *inputs)
+    launch.start(launch.runners_of_statistics, stats.device, statistics.update_running, 1, key, *inputs)
     torch.autograd.graph.increment_version(running[:3])
 
 
@@ -149,7 +149,9 @@ def _merged(rows: Tensor) -> Tensor:
     merged = rows.new_empty(rows.size(1))
     key = ("merge", channels, rows.device)
     inputs = (rows, merged, channels, rows.size(0), ROWS, COLUMNS)
-    launch.start(launch.runners_of_steps, rows.device, steps.merge, triton.cdiv(channels, COLUMNS), key, *inputs)
+    launch.start(
+        launch.runners_of_statistics, rows.device, statistics.merge, triton.cdiv(channels, COLUMNS), key, *inputs
+    )
     return merged
 
 

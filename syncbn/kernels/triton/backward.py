@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton.steps import add_rows, is_last
+from syncbn.kernels.triton.statistics import add_rows, is_last
 from syncbn.kernels.triton.tiles import COUNTS, VECTORS, affine_of, locate, tile, total_of
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton.steps import is_last, keep_books, merge_rows, store_row, unshared
+from syncbn.kernels.triton.statistics import is_last, keep_books, merge_rows, store_row, unshared
 from syncbn.kernels.triton.tiles import COUNTS, VECTORS, affine, locate, tile, total_of
 
 

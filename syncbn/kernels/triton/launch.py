@@ -13,7 +13,7 @@ from syncbn.kernels.triton.plan import RESIDENT, WARPS, Cut, Plan
 REGISTERS = 2**16
 
 # Of the kernels that have no plan
-runners_of_steps: dict[Any, Any] = {}
+runners_of_statistics: dict[Any, Any] = {}
 
 
 def start(runners: dict[Any, Any], device: torch.device, kernel: Any, programs: int, key: Any, *inputs: Any) -> None:

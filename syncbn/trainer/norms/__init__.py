@@ -51,23 +51,22 @@ class NormConfig:
             value, able = getattr(self, key.name), [word for word, norm in NORMS.items() if key.name in norm.keys]
             if value != key.default and self.name not in able:
                 raise UserError(
-                    f"norm.{key.name}={_told(value)} with norm={self.name}: only norm={', '.join(able)} "
+                    f"norm.{key.name}={_spelled(value)} with norm={self.name}: only norm={', '.join(able)} "
                     f"{'has' if len(able) == 1 else 'have'} that; take it, or no norm.{key.name}="
                 )
 
 
-def _told(value: Any) -> str:
+def _spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_group(group: Any) -> bool:
-    if isinstance(group, Mapping):
-        return group.keys() == {"samples"} and _is_count(group["samples"])
-    return group in ("world", "node") if isinstance(group, str) else _is_count(group)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Whether it is one that every rank can ask for alike: a list of ranks is for its members alone."""
+    try:
+        syncbn.check_group(group)
+    except ValueError:
+        return False
+    return isinstance(group, str | int | Mapping)
 
 
 def _is_momentum(momentum: Any) -> bool:
@@ -85,22 +84,30 @@ class Place(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What was done to a model: of `found` batch norm layers `changed`; what else is to be told of it."""
+    """What was done to a model: of so many batch norm layers `changed`; and notes, for people to read."""
 
     changed: int
-    found: int
-    told: list[str]
+    layers: int
+    notes: list[str]
 
 
 def refuse_misfit(config: NormConfig, ranks: int) -> None:
     """Raise UserError if so many ranks cannot be divided into the groups that the config asks for."""
-    if isinstance(config.group, int) and ranks % config.group:
-        fit = ", ".join(str(group) for group in range(1, ranks + 1) if ranks % group == 0)
+    if not _divides(config.group, ranks):
+        fit = ", ".join(str(group) for group in range(1, ranks + 1) if _divides(group, ranks))
         raise UserError(
             f"norm.group={config.group} does not divide the {ranks} ranks of this job: give it as many ranks as make "
             f"whole groups, or norm.group= one of {fit}, world, node",
             on_every_rank=True,
         )
+
+
+def _divides(group: Any, ranks: int) -> bool:
+    try:
+        syncbn.group_size(group, ranks)
+    except ValueError:
+        return False
+    return True
 
 
 def of_one_rank(config: NormConfig) -> NormConfig:
@@ -117,13 +124,13 @@ def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Modu
     ones). Call it once, last: after weights are loaded and before the model is wrapped for the ranks.
     """
     before = {layer: type(layer) for layer in batch_norms(model)}
-    model, told = NORMS[config.name].convert(model, config, place)
+    model, notes = NORMS[config.name].convert(model, config, place)
     momentum = momentum_of(config, place)
     for layer in batch_norms(model) if momentum is not None else ():
         layer.momentum = momentum
     after = set(model.modules())
     changed = sum(layer not in after or type(layer) is not kind for layer, kind in before.items())
-    return model, Converted(changed, len(before), list(told))
+    return model, Converted(changed, len(before), list(notes))
 
 
 def momentum_of(config: NormConfig, place: Place) -> float | None:
@@ -140,17 +147,14 @@ def momentum_of(config: NormConfig, place: Place) -> float | None:
 
 def images_of_a_batch(config: NormConfig, place: Place) -> float:
     """The images that a norm takes its statistics of, on average over ranks."""
-    each, group = place.images / place.ranks, config.group
+    each = place.images / place.ranks
     scope = NORMS[config.name].scope
     if scope == "sub-batch":
         return min(each, config.sub_batch)
     if scope != "group":
         return each
-    if isinstance(group, Mapping):
-        divisors = (k for k in range(1, place.ranks + 1) if place.ranks % k == 0)
-        group = next((k for k in divisors if k * (place.images // place.ranks) >= group["samples"]), place.ranks)
-    words: dict[Any, int] = {"world": place.ranks, "node": place.node_ranks}
-    return each * words.get(group, group)
+    samples = place.images // place.ranks
+    return each * syncbn.group_size(config.group, place.ranks, node_ranks=place.node_ranks, samples=samples)
 
 
 def nothing_converted(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ Make = Callable[..., Activated]
 
 
 @dataclass
-class Found:
+class Sequel:
     """What follows the calls of one layer, in all places of the model.
 
     alone: in an nn.Sequential, an activation that is to be left to the layer. traced: an activation that the call now
@@ -47,53 +47,48 @@ def convert(model: nn.Module, make: Make) -> list[str]:
     activation stays after it; else, where no activation follows, the layer does none.
     """
     layers = swap.plain(model)
-    found: dict[nn.Module | None, Found] = {layer: Found() for layer in layers.values()}
-    in_chains(model, found)
-    in_forwards(model, layers, found)
-    told: dict[str, list[str]] = defaultdict(list)
+    sequels: dict[nn.Module | None, Sequel] = {layer: Sequel() for layer in layers.values()}
+    in_chains(model, sequels)
+    in_forwards(model, layers, sequels)
+    names_by_reason: dict[str, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        it = found[layer]
-        if it.alone and (it.linear or it.kept or it.traced):
-            it.alone, it.kept = [], it.kept or "it is shared with places where that is not so"
-        for chain, activation in it.alone:
+        sequel = sequels[layer]
+        if sequel.alone and (sequel.linear or sequel.kept or sequel.traced):
+            sequel.alone, sequel.kept = [], sequel.kept or "it is shared with places where that is not so"
+        for chain, activation in sequel.alone:
             chain._modules[activation] = nn.Identity()
-        if it.kept:
-            told[it.kept].append(name or "the model itself")
-        activates = bool(it.alone or it.kept)
+        if sequel.kept:
+            names_by_reason[sequel.kept].append(name or "the model itself")
+        activates = bool(sequel.alone or sequel.kept)
         like = next(t for t in (layer.weight, layer.running_mean, torch.empty(layer.num_features)) if t is not None)
-        swap.become(layer, make(like=like.detach(), activates=activates, nonlinear=activates or it.traced))
+        swap.become(layer, make(like=like.detach(), activates=activates, nonlinear=activates or sequel.traced))
     return [
         f"{len(names)} layers do their own nonlinearity and the model's activation stays ({', '.join(names[:3])}"
         f"{', ...' if len(names) > 3 else ''}): {why}"
-        for why, names in told.items()
+        for why, names in names_by_reason.items()
     ]
 
 
 # In nn.Sequential
 
 
-def in_chains(model: nn.Module, found: Mapping[nn.Module | None, Found]) -> None:
+def in_chains(model: nn.Module, sequels: Mapping[nn.Module | None, Sequel]) -> None:
     """Note what follows each layer in an nn.Sequential."""
     for chain in [m for m in model.modules() if isinstance(m, nn.Sequential) and _is_chain(m)]:
         for name, after in itertools.pairwise([*chain._modules, ""]):
-            it, activation = found.get(chain._modules[name]), chain._modules.get(after)
-            if it is None:
+            sequel, activation = sequels.get(chain._modules[name]), chain._modules.get(after)
+            if sequel is None:
                 continue
             if not isinstance(activation, MODULES):
-                it.linear = True
-            elif type(activation) not in MODULES or _hooked(activation):
-                it.kept = "it has hooks, or is of a class of its own"
+                sequel.linear = True
+            elif type(activation) not in MODULES or syncbn.has_hooks(activation):
+                sequel.kept = "it has hooks, or is of a class of its own"
             else:
-                it.alone.append((chain, after))
+                sequel.alone.append((chain, after))
 
 
 def _is_chain(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(len(one) > 0 for one in hooks)
 
 
 # In the forwards of other modules
@@ -104,34 +99,36 @@ class _Calls(fx.Tracer):
         return True
 
 
-def in_forwards(model: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[nn.Module | None, Found]) -> None:
+def in_forwards(model: nn.Module, layers: Mapping[str, nn.Module], sequels: Mapping[nn.Module | None, Sequel]) -> None:
     """Have forwards that call the layers leave the activation to them, where they can, and note what follows each."""
-    callers = dict(_callers(model, found))
+    callers = dict(_callers(model, sequels))
     inside = {name for name, layer in layers.items() if any(layer in called for called in callers.values())}
     if not inside:
         return
     # Its rewriting of calls is what is wanted: layer(x, activation="relu"), layer(x, residual=..., activation="relu")
-    told: list[syncbn.Conversion] = []
-    syncbn.convert(model, include=[*inside], fuse=True, report=told.append)
+    reports: list[syncbn.Conversion] = []
+    syncbn.convert(model, include=[*inside], fuse=True, report=reports.append)
     names = {module: name for name, module in model.named_modules()}
     for caller, called in callers.items():
-        graph = None if names[caller] in told[0].unfused else _graph(caller)
+        graph = None if names[caller] in reports[0].unfused else _graph(caller)
         if graph is None:
             for layer in called:
-                found[layer].kept = told[0].unfused.get(names[caller], "its forward cannot be traced")
+                sequels[layer].kept = reports[0].unfused.get(names[caller], "its forward cannot be traced")
             continue
         for node in graph.nodes:
             layer = _module(node, caller)
             if layer in called:
-                _note(node, caller, found[layer])
+                _note(node, caller, sequels[layer])
 
 
-def _callers(model: nn.Module, found: Mapping[nn.Module | None, Found]) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
+def _callers(
+    model: nn.Module, sequels: Mapping[nn.Module | None, Sequel]
+) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
     """The modules, other than chains, that call the layers in their forward, and which."""
     callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in modules.items():
-        if layer not in found:
+        if layer not in sequels:
             continue
         while name:
             name = name.rpartition(".")[0]
@@ -148,13 +145,13 @@ def _graph(module: nn.Module) -> fx.Graph | None:
         return None
 
 
-def _note(call: fx.Node, caller: nn.Module, it: Found) -> None:
+def _note(call: fx.Node, caller: nn.Module, sequel: Sequel) -> None:
     if call.kwargs.get("activation") and "residual" not in call.kwargs:
-        it.traced = True
+        sequel.traced = True
     elif any(_is_activation(user, caller) for user in call.users):
-        it.kept = "it is no ReLU of the layer's alone, or has hooks"
+        sequel.kept = "it is no ReLU of the layer's alone, or has hooks"
     else:
-        it.linear = True
+        sequel.linear = True
 
 
 def _is_activation(node: fx.Node, caller: nn.Module) -> bool:

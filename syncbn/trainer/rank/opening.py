@@ -44,7 +44,7 @@ def open_watch(
     norm = norms.NORMS[config.norm.name]
     if norm.scope == "none" and norm.running and not config.model.weights and not training.step:
         log.warning("norm=frozen without model.weights=: statistics that were never taken stay as they began")
-    for line in parts.converted.told:
+    for line in parts.converted.notes:
         log.warning("norm=%s: %s", config.norm.name, line)
     sizes = {"ranks": ranks.size, "global_batch": parts.data.global_batch}
     return Watch(folder, carriers, parts.task.metrics, redacted(settings), converted(parts, config), sizes)
@@ -63,4 +63,4 @@ def images(ranks: World, parts: Parts) -> str:
 
 
 def converted(parts: Parts, config: Config) -> str:
-    return f"norm={config.norm.name}: {parts.converted.changed} of {parts.converted.found} batch norm layers converted"
+    return f"norm={config.norm.name}: {parts.converted.changed} of {parts.converted.layers} batch norm layers converted"

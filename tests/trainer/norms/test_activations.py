@@ -16,9 +16,9 @@ CPU = Place(torch.device("cpu"))
 
 def converted(model, word="frn"):
     """The model, and what was told."""
-    model, (changed, found, told) = norms.convert(model, NormConfig(word), CPU)
-    assert changed == found
-    return model, told
+    model, (changed, layers, notes) = norms.convert(model, NormConfig(word), CPU)
+    assert changed == layers
+    return model, notes
 
 
 def forms(model):
@@ -45,8 +45,8 @@ class Block(nn.Module):
 
 
 def test_in_a_residual_block_the_norm_before_the_addition_has_none():
-    block, told = converted(Block())
-    assert told == []
+    block, notes = converted(Block())
+    assert notes == []
     assert forms(block) == {"bn1": ASKED, "bn2": NEVER}
     x = torch.randn(2, 4, 3, 3)
     y = torch.maximum(block.bn1.linear(x), block.bn1.tau.view(-1, 1, 1))
@@ -56,15 +56,15 @@ def test_in_a_residual_block_the_norm_before_the_addition_has_none():
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU], ids=lambda a: a.__name__)
 def test_in_a_chain_the_activation_goes(activation):
     shared = activation()
-    chain, told = converted(nn.Sequential(nn.BatchNorm2d(4), shared, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), shared))
-    assert told == []
+    chain, notes = converted(nn.Sequential(nn.BatchNorm2d(4), shared, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), shared))
+    assert notes == []
     assert forms(chain) == {"0": ALWAYS, "3": ALWAYS}
     assert [type(m) for m in (chain[1], chain[4])] == [nn.Identity] * 2
 
 
 def test_in_a_chain_a_norm_before_anything_else_has_none():
-    chain, told = converted(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)))
-    assert told == []
+    chain, notes = converted(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)))
+    assert notes == []
     assert forms(chain) == {"0": NEVER, "3": NEVER}
     assert type(chain[2]) is nn.ReLU
 
@@ -109,8 +109,8 @@ STAYS = {
 
 @pytest.mark.parametrize(("build", "name", "why"), STAYS.values(), ids=STAYS)
 def test_what_cannot_be_known_stays_and_is_told(build, name, why):
-    model, told = converted(build())
-    assert told == [f"1 layers do their own nonlinearity and the model's activation stays ({name}): {why}"]
+    model, notes = converted(build())
+    assert notes == [f"1 layers do their own nonlinearity and the model's activation stays ({name}): {why}"]
     assert forms(model)[name] == ALWAYS
     assert [form for other, form in forms(model).items() if other != name] in ([], [NEVER])
     assert model(torch.rand(2, 4, 3, 3)).isfinite().all()
@@ -118,8 +118,8 @@ def test_what_cannot_be_known_stays_and_is_told(build, name, why):
 
 def test_a_layer_in_two_places_that_differ_keeps_the_activation():
     bn = nn.BatchNorm2d(4)
-    model, told = converted(nn.Sequential(nn.Sequential(bn, nn.ReLU()), nn.Sequential(bn, nn.Conv2d(4, 4, 1))))
-    assert "shared with places where that is not so" in told[0]
+    model, notes = converted(nn.Sequential(nn.Sequential(bn, nn.ReLU()), nn.Sequential(bn, nn.Conv2d(4, 4, 1))))
+    assert "shared with places where that is not so" in notes[0]
     assert type(model[0][1]) is nn.ReLU
     assert model[0][0] is model[1][0]
 
@@ -143,9 +143,9 @@ def test_models_have_the_forms_that_their_forwards_ask_for(name, word):
         model = models.build(ModelConfig(name), 10) if name != "googlenet" else torchvision.models.googlenet(
             aux_logits=False, init_weights=False
         )  # fmt: skip
-    model, (_, _, told) = norms.convert(model, NormConfig(word), Place(torch.device("meta")))
+    model, (_, _, notes) = norms.convert(model, NormConfig(word), Place(torch.device("meta")))
     own = [nonlinear for nonlinear, _ in forms(model).values()]
-    assert (sum(own), len(own) - sum(own), bool(told)) == COUNTS[name]
+    assert (sum(own), len(own) - sum(own), bool(notes)) == COUNTS[name]
 
 
 @pytest.mark.plain("resnet8-frn")

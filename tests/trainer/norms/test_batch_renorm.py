@@ -47,25 +47,25 @@ def whole(xs, dys, steps):
     """y and dx of each step, the gradients of weight and bias, and the running statistics in the end."""
     layer = layer_of(steps)
     weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
-    mean, var, found = layer.running_mean, layer.running_var, []
+    mean, var, steps_made = layer.running_mean, layer.running_var, []
     for step, (x, dy) in enumerate(zip(xs, dys, strict=True)):
         ramp = min(1, step / steps)
         x = x.clone().requires_grad_()
         y, mean, var = formula(x, weight, bias, mean, var, 1 + 2 * ramp, 5 * ramp)
         y.backward(dy)
-        found.append((y.detach(), x.grad))
-    return found, [weight.grad, bias.grad], [mean, var]
+        steps_made.append((y.detach(), x.grad))
+    return steps_made, [weight.grad, bias.grad], [mean, var]
 
 
 def on_rank(rank, xs, dys, steps, group="world"):
-    layer, found = layer_of(steps, group), []
+    layer, steps_made = layer_of(steps, group), []
     for x, dy in zip(xs, dys, strict=True):
         x = x[rank].clone().requires_grad_()
         y = layer(x)
         y.backward(dy[rank])
-        found.append((y.detach(), x.grad))
+        steps_made.append((y.detach(), x.grad))
     assert layer.num_batches_tracked == len(xs)
-    return found, [layer.weight.grad, layer.bias.grad], [layer.running_mean, layer.running_var]
+    return steps_made, [layer.weight.grad, layer.bias.grad], [layer.running_mean, layer.running_var]
 
 
 def batches(shape):
@@ -84,7 +84,7 @@ def test_ranks_together_equal_the_whole_batch(split, shape):
 
     for step in range(STEPS):
         for which in range(2):
-            assert_close(torch.cat([found[step][which] for found, _, _ in ranks]), want[0][step][which])
+            assert_close(torch.cat([steps_made[step][which] for steps_made, _, _ in ranks]), want[0][step][which])
     for which in range(2):
         assert_close(sum(gradients[which] for _, gradients, _ in ranks), want[1][which])
         for _, _, buffers in ranks:

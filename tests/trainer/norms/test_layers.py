@@ -255,8 +255,8 @@ def test_models_of_torchvision_convert_and_run(name, word):
     with torch.device("meta"):
         net = torchvision.models.get_model(name, num_classes=10, **options)
         x = torch.randn(2, 3, 64, 64)
-    net, (changed, found, _) = norms.convert(net, NormConfig(word), Place(torch.device("meta")))
-    assert changed == found > 0
+    net, (changed, layers, _) = norms.convert(net, NormConfig(word), Place(torch.device("meta")))
+    assert changed == layers > 0
     if word == "instance":
         net.eval()
         return  # maps of 1×1

@@ -17,8 +17,8 @@ CPU = Place(torch.device("cpu"))
 
 def converted(model, word, **more):
     """The model with norm=word, and of how many layers how many were changed."""
-    model, (changed, found, _) = norms.convert(model, NormConfig(word, **more), CPU)
-    return model, changed, found
+    model, (changed, layers, _) = norms.convert(model, NormConfig(word, **more), CPU)
+    return model, changed, layers
 
 
 ANYWHERE = [word for word in norms.NORMS if word != "torch"]
@@ -27,8 +27,8 @@ CHANGING = [word for word in ANYWHERE if word != "local"]
 
 @pytest.mark.parametrize("word", CHANGING)
 def test_each_word_converts_every_batch_norm(word):
-    model, changed, found = converted(torchvision.models.resnet18(), word)
-    assert (changed, found) == (20, 20)
+    model, changed, layers = converted(torchvision.models.resnet18(), word)
+    assert (changed, layers) == (20, 20)
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms.batch_norms(model)) == (20 if norms.NORMS[word].running else 0)
 
@@ -120,8 +120,8 @@ def test_ranks_add_up_as_the_config_says(reduction):
 
 
 def test_local_changes_nothing():
-    model, changed, found = converted(torchvision.models.resnet18(), "local")
-    assert (changed, found) == (0, 20)
+    model, changed, layers = converted(torchvision.models.resnet18(), "local")
+    assert (changed, layers) == (0, 20)
     assert not norms.synchronised(model)
 
 
@@ -173,10 +173,10 @@ def test_a_layer_keeps_its_weights_eps_device_dtype_hooks_and_sharing(word):
     net.bn1.register_forward_hook(lambda *_: calls.append("after"))
     net.bn1.register_forward_pre_hook(lambda *_: calls.append("before"))
 
-    net, changed, found = converted(net, word)
+    net, changed, layers = converted(net, word)
     y = net(torch.randn(4, 3, 9, 9, dtype=torch.float64))
 
-    assert (changed, found) == (3, 3)
+    assert (changed, layers) == (3, 3)
     assert net.bn1.weight is weight
     assert net.bn1.bias is bias
     assert getattr(net.bn1, "eps", 1e-3) == 1e-3
@@ -224,8 +224,8 @@ def test_a_batch_norm_by_another_way_has_the_state_of_batch_norm(word):
 
 
 def test_what_a_users_builder_converted_is_converted_back_first():
-    net, changed, found = converted(syncbn.convert(Net()), "group")
-    assert (changed, found) == (3, 3)
+    net, changed, layers = converted(syncbn.convert(Net()), "group")
+    assert (changed, layers) == (3, 3)
     assert not norms.batch_norms(net)
 
 
@@ -235,8 +235,8 @@ def test_a_subclass_with_a_forward_of_its_own_is_left():
             return 2 * super().forward(input)
 
     for word in CHANGING:
-        net, changed, found = converted(nn.Sequential(Own(3), nn.BatchNorm2d(3)), word)
-        assert (type(net[0]), changed, found) == (Own, 1, 2)
+        net, changed, layers = converted(nn.Sequential(Own(3), nn.BatchNorm2d(3)), word)
+        assert (type(net[0]), changed, layers) == (Own, 1, 2)
 
 
 # Momentum

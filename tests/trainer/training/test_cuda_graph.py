@@ -65,9 +65,9 @@ def train(rank, overrides, captured):
     with syncbn.DriftMonitor(parts.model) as training.drift, pytest.MonkeyPatch.context() as patch:
         # As on a GPU that captures: each forward adds to the same tensors, and keeps no count on the host; and all work
         # and all messages are torch's, of which a tape knows
-        patch.setattr(observer, "_is_recorded", lambda x: True)
+        patch.setattr(observer, "is_recorded", lambda x: True)
         patch.setattr(kernels, "choose", lambda x: kernels.eager)
-        patch.setattr(collectives, "_may_share_memory", lambda message, reduction: False)
+        patch.setattr(collectives.messages, "may_share_memory", lambda message, reduction: False)
         loop.fit(training, replace(config.train, cuda_graph=captured), world, log, log, capture=capture)
     assert all(replay() is None for _, replay in captures), "NCCL would wait for the graph that fit has left behind"
     log.lines = [(step, {k: v for k, v in figures.items() if k not in TIMES}) for step, figures in log.lines]

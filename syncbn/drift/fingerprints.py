@@ -1,4 +1,4 @@
-"""Whether ranks hold the same running statistics, told by a number for each."""
+"""Whether ranks hold the same running statistics, by a number for each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Prints:
+class Fingerprints:
     """Marks of layers' running statistics: equal on two ranks if and, but for a miracle, only if their bits are."""
 
     def __init__(self, layers: Sequence[Any]):
@@ -21,7 +21,7 @@ class Prints:
     def _buffers(self) -> list[Tensor | None]:
         return [b for layer in self._layers for b in (layer.running_mean, layer.running_var)]
 
-    def read(self, device: torch.device) -> Tensor:
+    def take(self, device: torch.device) -> Tensor:
         """[L, 2] int64, of running_mean and running_var; 0 where there is none."""
         bits = [b.detach().reshape(-1).view(torch.int32).to(device) for b in self._buffers() if b is not None]
         marks = torch.zeros(2 * len(self._layers), dtype=torch.int64, device=device)

@@ -1,5 +1,5 @@
-/* What is done over channels, between the passes. Compiled for the plainest processor of a kind and by one thread, so
-that ranks on different machines have the same bits in their running buffers. */
+/* The statistics of channels, between the passes over x. Compiled for the plainest processor of a kind and by one
+thread, so that ranks on different machines have the same bits in their running buffers. */
 
 #include "cpu.h"
 

@@ -1,4 +1,4 @@
-"""What is done over channels, between the passes and within them: rows are merged, the books are kept.
+"""The statistics of channels, between the passes and within them: rows are merged, running buffers move.
 
 The passes that add up are cut into parts, and every part leaves a row of float64. Rows are merged in the same launch,
 in two levels: the last program of a group to finish merges the group's rows, the last group to finish those of all

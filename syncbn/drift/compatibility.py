@@ -21,7 +21,7 @@ def observed(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check(level: str, alpha: float, horizon: int) -> None:
+def check_options(level: str, alpha: float, horizon: int) -> None:
     if level not in ("rank", "image"):
         raise ValueError(f"level is {level!r}: it must be 'rank' or 'image'; for none, open no monitor")
     if not 0 < alpha < 1:
@@ -30,17 +30,17 @@ def check(level: str, alpha: float, horizon: int) -> None:
         raise ValueError(f"horizon is {horizon}: it must be {ENOUGH} readings or more, as one alone never counts")
 
 
-def agree(layers: Mapping[str, Any], level: Level, everyone: ProcessGroup | None) -> None:
+def agree_on_layers(layers: Mapping[str, Any], level: Level, everyone: ProcessGroup | None) -> None:
     """ValueError, on every rank, if ranks watch different layers or one of them cannot be watched."""
     taken = [name for name, layer in layers.items() if getattr(layer, "observer", None) is not None]
-    told = collectives.gather_objects((level, _described(channels(layers)), taken), everyone)
-    for rank, (theirs_level, theirs, theirs_taken) in enumerate(told):
-        if theirs_level != told[0][0]:
+    reports = collectives.gather_objects((level, _described(channels(layers)), taken), everyone)
+    for rank, (theirs_level, theirs, theirs_taken) in enumerate(reports):
+        if theirs_level != reports[0][0]:
             raise ValueError(
-                f"level is {theirs_level!r} on rank {rank} and {told[0][0]!r} on rank 0: it must be the same"
+                f"level is {theirs_level!r} on rank {rank} and {reports[0][0]!r} on rank 0: it must be the same"
             )
-        if theirs != told[0][1]:
-            differ = sorted(set(theirs) ^ set(told[0][1])) or ["their order"]
+        if theirs != reports[0][1]:
+            differ = sorted(set(theirs) ^ set(reports[0][1])) or ["their order"]
             raise ValueError(f"the models of rank {rank} and rank 0 hold different layers: {differ[0]}")
         if theirs_taken:
             raise ValueError(f"{theirs_taken[0]} is observed already on rank {rank}: close its monitor first")
@@ -49,7 +49,7 @@ def agree(layers: Mapping[str, Any], level: Level, everyone: ProcessGroup | None
             raise ValueError(f"{name} has no channels yet: run one forward before it is watched")
 
 
-def refuse_others(shared: Mapping[str, Any], layers: Mapping[str, Any], level: Level, ranks: int | None) -> None:
+def check_state(shared: Mapping[str, Any], layers: Mapping[str, Any], level: Level, ranks: int | None) -> None:
     """ValueError if a state's shared part is of other layers, another level or, unless ranks is None, other ranks."""
     for theirs, ours in zip_longest(
         _described(shared["layers"]), _described(channels(layers)), fillvalue="no more layers"

@@ -44,7 +44,7 @@ class Mailbox:
 Mailboxes = dict[tuple[ProcessGroup, int], Mailbox | None]
 
 
-def mailbox(
+def mailbox_of(
     opened: Mailboxes, group: ProcessGroup, row: Tensor, gather_objects: Callable[[Any, ProcessGroup], list[Any]]
 ) -> Mailbox | None:
     """The group's mailbox for rows such as this, or None where its ranks are not on different GPUs of one node.
@@ -54,14 +54,14 @@ def mailbox(
     capacity = max(1024, 1 << (row.numel() - 1).bit_length())
     if (group, capacity) not in opened:
         gpus = gather_objects((socket.gethostname(), _gpu(row.device)), group)
-        found = None
+        mailbox = None
         if len({host for host, _ in gpus}) == 1 and len(set(gpus)) == len(gpus):
             try:
-                found = Mailbox(_symmetric_memory(group, capacity, row.device))
+                mailbox = Mailbox(_symmetric_memory(group, capacity, row.device))
             except RuntimeError as error:
                 warnings.warn(f"no symmetric memory between these GPUs, so moments are gathered: {error}", stacklevel=2)
-        on_every_rank = all(gather_objects(found is not None, group))
-        opened[group, capacity] = found if on_every_rank else None
+        on_every_rank = all(gather_objects(mailbox is not None, group))
+        opened[group, capacity] = mailbox if on_every_rank else None
     return opened[group, capacity]
 
 
