@@ -1,18 +1,12 @@
 """Contestants take turns, so that a slow minute of the machine meets all of them; a ratio is of one turn."""
 
-import os
-import platform
-import shutil
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from benchmarks.measure.records import Spread, spread
 
 Step = Callable[[], Any]
 Clock = Callable[[Step], float]
@@ -73,63 +67,19 @@ def turns(steps: dict[str, Step], seconds: float, clock: Clock = host_ms, least:
     return times
 
 
-def quartiles(values: Iterable[float]) -> list[float]:
-    return statistics.quantiles(values, n=4)
+def ratio(times: Times, name: str, of: str) -> Spread:
+    """Of a contestant's time over another's in the same turn."""
+    return spread(mine / theirs for mine, theirs in zip(times[name], times[of], strict=True))
 
 
-def ratios(times: Times, name: str, of: str) -> list[float]:
-    """Quartiles of a contestant's time over another's in the same turn."""
-    return quartiles(mine / theirs for mine, theirs in zip(times[name], times[of], strict=True))
+def compared(times: Times, of: str, unit: str = "ms") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each contestant, with its time and the ratio to that of one."""
+    for name, values in times.items():
+        yield name, {unit: spread(values), f"of {of}": ratio(times, name, of) if of in times else None}
 
 
-def copy_gb_per_s(size: int = 2**30) -> list[float]:
-    """Quartiles of what a large copy within the GPU's memory reads and writes, together."""
+def copy_gb_per_s(size: int = 2**30) -> Spread:
+    """What a large copy within the GPU's memory reads and writes, together."""
     source, target = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     times = turns({"copy": lambda: target.copy_(source)}, 0.5, gpu_clock(10, queued=True))
-    return quartiles(2 * size / (1e6 * ms) for ms in times["copy"])
-
-
-def restart_with(environment: dict[str, str], module: str) -> None:
-    """Start this program again with what must be in the environment before it starts, unless it is there."""
-    whole = {**os.environ, **environment}
-    if whole != os.environ:
-        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], whole)
-
-
-def machine(device: str = "cpu") -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    host = f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    return host if device == "cpu" else f"{_gpu()}\n{host}, Python {platform.python_version()}"
-
-
-def _gpu() -> str:
-    from torch.cuda import nccl
-
-    gpu = torch.cuda.get_device_properties(0)
-    of_nccl = ".".join(str(part) for part in nccl.version())
-    query = "driver_version,clocks.max.sm,power.limit"
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""
-    return (
-        f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.0f} GiB, "
-        f"{query}: {told.strip() or 'not known'}\n"
-        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
-        f"NCCL {of_nccl}, Triton {_version('triton')}"
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def stolen(before: tuple[int, int] | None = None) -> Any:
-    """(steal, all) ticks since the machine started, or the share of steal since before."""
-    if not Path("/proc/stat").exists():
-        return (0, 1) if before is None else 0.0
-    ticks = [int(tick) for tick in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    now = ticks[7], sum(ticks)
-    return now if before is None else (now[0] - before[0]) / max(1, now[1] - before[1])
+    return spread(2 * size / (1e6 * ms) for ms in times["copy"])
