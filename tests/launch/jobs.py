@@ -121,12 +121,12 @@ def processes():
 
 
 def children(pid):
-    found = set()
+    pids = set()
     with suppress(OSError):  # it may end at any moment, and its threads too
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(OSError):
-                found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
-    return found
+                pids.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    return pids
 
 
 def descendants(pid):
@@ -149,8 +149,8 @@ def rank_of(pid):
     """By what it shows of itself, or else by the environment that a command was given; None if it is none."""
     if shown := re.match(r"syncbn: rank (\d+) of", command_of(pid)):
         return int(shown[1])
-    told = environment_of(pid).get("RANK")
-    return None if told is None else int(told)
+    rank = environment_of(pid).get("RANK")
+    return None if rank is None else int(rank)
 
 
 def command_of(pid):

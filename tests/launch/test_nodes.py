@@ -204,9 +204,9 @@ def test_a_node_that_dies_is_done_without_and_another_is_taken_in(undisturbed, t
         third = beside(stack, root, port)
         first.until(lambda: told_to_end(alone))
         os.kill(alone, signal.SIGCONT)
-        told = time.monotonic()
+        signalled_at = time.monotonic()
         until_ranks(first, 2)
-        print(f"together again {time.monotonic() - told:.0f} s after the signal")
+        print(f"together again {time.monotonic() - signalled_at:.0f} s after the signal")
         assert "preempted at step" in first.said
         assert [first.wait(), third.wait()] == [0, 0]
     assert_same_losses(root / "r", undisturbed)
