@@ -11,8 +11,7 @@ import yaml
 
 from tests.cluster.schemas import HERE, LAUNCH, manifests, problems
 from tests.cluster.tools import require
-from tests.launch.jobs import ROOT, job
-from tests.launch.test_nodes import free_port
+from tests.launch.jobs import ROOT, free_port, job
 
 pytestmark = pytest.mark.cluster
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ PYTHON = [sys.executable, "train.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Figures that differ from run to run, as they are times
 TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share")
+# torch 2.15 loses its store in a restart without it
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
 
 
@@ -114,6 +117,12 @@ def finished(command, *arguments, root, **options):
     """A job that has ended: its exit code, and what it said."""
     with job(command, *arguments, root=root, **options) as started:
         return started.wait(), started.said
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def processes():

@@ -1,7 +1,6 @@
 """Both doors with real processes: what they leave behind, what they print, how they end."""
 
 import json
-import os
 import pickle
 import re
 import shlex
@@ -17,35 +16,15 @@ from syncbn.trainer.errors import Ended, RanksFailed, UserError
 from syncbn.trainer.job import launch
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.runs import status_file
+from tests.launch.doors import TORCHRUN, errors, run
+from tests.launch.jobs import PYTHON, ROOT
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PYTHON = [sys.executable, "train.py"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
 SHORT = ["train.steps=6", "train.log_every=2"]
 # A figure that is a time differs from run to run
 TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share")
-
-
-def run(command, *arguments, root=None):
-    """The finished process; its run folders go under root."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "OMP_", "MALLOC"))}
-    where = [f"run.root={root}"] if root else []
-    return subprocess.run(
-        [*command, *arguments, *where],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-
-
-def errors(done):
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 def figures(folder):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from syncbn.trainer.training.resume import load
 from tests.launch.hosts import needs_namespaces, two_hosts
-from tests.launch.jobs import TORCHRUN, Job, differing, environment_of, job, running, state
+from tests.launch.jobs import ENVIRONMENT, TORCHRUN, Job, differing, environment_of, free_port, job, running, state
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +22,6 @@ RUN = [
     "train.eval_every=60", "checkpoint.every=5", "launch.device=cpu", "launch.timeout_s=12",
     "optim.lr=0.01",  # with a higher one a rounding error grows, to a percent by step 60
 ]  # fmt: skip
-# torch 2.15 loses its store in a restart without it
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 QUICK_TO_NOTICE = {"keep_alive_interval": 1, "keep_alive_max_attempt": 5, "last_call_timeout": 2}
 
 
@@ -36,12 +33,6 @@ def torchrun(host, endpoint, *, nodes, **rendezvous):
         *TORCHRUN, f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
         "--rdzv-id=r", f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={conf}",
     ]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def beside(stack, root, port, *, host=False, nodes="1:2"):

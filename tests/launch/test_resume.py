@@ -10,7 +10,7 @@ import pytest
 
 from syncbn.trainer.files import SCRATCH
 from tests.launch.jobs import PYTHON, ROOT, STANDALONE, differing, figures, finished, job, saved_steps, state
-from tests.trainer.display.test_wandb_run import read
+from tests.trainer.display.wandb_files import read
 from tests.trainer.images import image_folder
 
 STEPS = 60

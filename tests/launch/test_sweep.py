@@ -64,7 +64,7 @@ def test_a_sweep_that_is_asked_to_end_saves_the_point_and_begins_no_other(tmp_pa
 
 
 def test_choices_that_cannot_be_are_refused_for_their_points_alone(tmp_path):
-    one_value = ["model.name=tests.trainer.job.test_one_value:shrinking", "data.batch_per_rank=1"]
+    one_value = ["model.name=tests.launch.nets:shrinking", "data.batch_per_rank=1"]
     words = [*SMALL, *one_value, "norm=torch,local,sync", "launch.nproc=2", "train.steps=2"]
     code, said = finished([*PYTHON, *words], root=tmp_path / "runs")
     assert code == 2, said

@@ -17,26 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import LazySyncBatchNorm, SyncBatchNorm, convert, revert
 from syncbn.convert import SyncBatchNormAct
+from tests.op.conversions import BatchNormAct2d, Double, conversion_of, state, tensors
 from tests.op.steps import EXACT
 from tests.ranks import run_ranks
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 LAZY = {1: nn.LazyBatchNorm1d, 2: nn.LazyBatchNorm2d, 3: nn.LazyBatchNorm3d}
-
-
-class BatchNormAct2d(nn.BatchNorm2d):
-    """What timm's does."""
-
-    def __init__(self, channels, drop=None):
-        super().__init__(channels)
-        self.drop = drop or nn.Identity()
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
-
-
-BatchNormAct2d.__module__ = "timm.layers.norm_act"
 
 
 class OwnForward(nn.BatchNorm2d):
@@ -57,33 +43,6 @@ class RunningNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("running_var", torch.ones(3))
-
-
-class Double(nn.Module):
-    """A parametrisation."""
-
-    def forward(self, w):
-        return 2 * w
-
-    def right_inverse(self, w):
-        return w / 2
-
-
-def told(change, model, **options):
-    reports = []
-    assert change(model, **options, report=reports.append) is model
-    return reports.pop()
-
-
-def tensors(model):
-    return {name: (id(t), t.dtype, t.device) for name, t in model.state_dict(keep_vars=True).items()}
-
-
-def state(model):
-    """All there is to say of each module, by identity."""
-    return [
-        (type(m), {name: id(value) for name, value in vars(m).items()}, tensors(m), m.training) for m in model.modules()
-    ]
 
 
 def step(model, x, run=lambda model, x: model(x)):
@@ -128,9 +87,9 @@ def test_convert_and_revert_change_classes_and_nothing_else():
 @pytest.mark.parametrize("dims", BATCH_NORMS)
 def test_a_batch_norm_itself_converts(dims):
     layer = BATCH_NORMS[dims](3)
-    assert told(convert, layer).changed == ("",)
+    assert conversion_of(convert, layer).changed == ("",)
     assert type(layer) is SyncBatchNorm
-    assert told(revert, layer).changed == ("",)
+    assert conversion_of(revert, layer).changed == ("",)
     assert type(layer) is BATCH_NORMS[dims]
 
 
@@ -406,20 +365,20 @@ def test_what_cannot_convert_is_left_alone_with_a_reason(make, reason):
     model = nn.Sequential(make(), nn.BatchNorm1d(3))
     kind = type(model[0])
 
-    report = told(convert, model)
+    report = conversion_of(convert, model)
 
     assert report.changed == ("1",)
     assert list(report.left) == ["0"]
     assert reason in report.left["0"]
     assert type(model[0]) is kind
-    assert told(revert, model).left == {}
+    assert conversion_of(revert, model).left == {}
 
 
 @pytest.mark.parametrize("base", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d])
 def test_subclasses_are_left_alone(base):
     kind = type("Own", (base,), {})
     model = nn.Sequential(kind() if base is nn.LazyBatchNorm2d else kind(3))
-    assert list(told(convert, model).left) == ["0"]
+    assert list(conversion_of(convert, model).left) == ["0"]
     assert type(model[0]) is kind
 
 
@@ -427,18 +386,18 @@ def test_other_norms_are_counted_but_not_left():
     instance_norm = nn.InstanceNorm1d(3, track_running_stats=True)
     container = type("PreNorm", (nn.Sequential,), {})
     model = nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), container(nn.LayerNorm(3)), instance_norm)
-    report = told(convert, model)
+    report = conversion_of(convert, model)
     assert (report.changed, report.left) == ((), {})
     assert report.others == {"GroupNorm": 1, "LayerNorm": 2, "InstanceNorm1d": 1}
 
 
 def test_a_layer_that_is_ours_keeps_its_group():
     model = nn.Sequential(SyncBatchNorm(3, group=2), nn.BatchNorm1d(3))
-    report = told(convert, model, group=4)
+    report = conversion_of(convert, model, group=4)
     assert (model[0].group, model[1].group) == (2, 4)
     assert (report.changed, report.left) == (("1",), {})
 
-    report = told(revert, model)
+    report = conversion_of(revert, model)
     assert type(model[0]) is SyncBatchNorm
     assert report.changed == ("1",)
     assert "built as SyncBatchNorm" in report.left["0"]
@@ -494,7 +453,7 @@ SELECTIONS = {
 @pytest.mark.parametrize("options, want", SELECTIONS.values(), ids=SELECTIONS)
 def test_patterns_select_layers_by_name(options, want):
     model = named()
-    report = told(convert, model, **options)
+    report = conversion_of(convert, model, **options)
     assert list(report.changed) == want
     assert report.left == {}
     assert [name for name, m in model.named_modules() if isinstance(m, SyncBatchNorm)] == want

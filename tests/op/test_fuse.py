@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, convert, recalibrate, revert
-from tests.op.test_convert import BatchNormAct2d, Double, state, told
+from tests.op.conversions import BatchNormAct2d, Double, conversion_of, state
 from tests.ranks import run_ranks
 
 torchvision = pytest.importorskip("torchvision")
@@ -97,7 +97,7 @@ def test_a_fused_net_computes_the_same(name):
     before = state(net)
     plain = convert(copy.deepcopy(net))
 
-    report = told(convert, net, fuse=True)
+    report = conversion_of(convert, net, fuse=True)
 
     assert counts(report) == NETS[name][1:]
     assert net.state_dict().keys() == plain.state_dict().keys()
@@ -128,7 +128,7 @@ def test_how_much_of_a_published_net_is_fused(name):
     options = {"init_weights": False} if name == "googlenet" else {}
     with torch.device("meta"):
         net = torchvision.models.get_model(name, **options)
-    report = told(convert, net, fuse=True)
+    report = conversion_of(convert, net, fuse=True)
     assert (*counts(report), len(report.unfused)) == ZOO[name]
     assert set(report.unfused.values()) <= {"its forward asks for the type of a value"}
 
@@ -198,33 +198,33 @@ def test_convert_again_changes_nothing_and_revert_leaves_nothing(name):
     net = made(name)
     before = state(net)
 
-    first = told(convert, net, fuse=True)
+    first = conversion_of(convert, net, fuse=True)
     fused = state(net)
-    second = told(convert, net, fuse=True)
-    told(convert, net)
+    second = conversion_of(convert, net, fuse=True)
+    conversion_of(convert, net)
     assert state(net) == fused
     assert second.fused == first.fused != {}
     assert second.changed == ()
 
-    assert told(revert, net).fused == {}
+    assert conversion_of(revert, net).fused == {}
     assert state(net) == before
 
 
 def test_what_is_converted_can_be_fused_later_and_in_parts():
     net = convert(made("bottleneck"))
     plain = copy.deepcopy(net)
-    assert counts(told(convert, net, fuse=True, include="layer2.*")) == (2, 1)
-    assert counts(told(convert, net, fuse=True, include="layer2.0.bn1")) == (2, 1)
-    assert counts(told(convert, net, fuse=True, include="layer3.0.bn3")) == (2, 2)
-    assert counts(told(convert, net, fuse=True, include="layer3.*")) == (4, 2)
-    assert counts(told(convert, net, fuse=True, exclude="bn1")) == (8, 4)
+    assert counts(conversion_of(convert, net, fuse=True, include="layer2.*")) == (2, 1)
+    assert counts(conversion_of(convert, net, fuse=True, include="layer2.0.bn1")) == (2, 1)
+    assert counts(conversion_of(convert, net, fuse=True, include="layer3.0.bn3")) == (2, 2)
+    assert counts(conversion_of(convert, net, fuse=True, include="layer3.*")) == (4, 2)
+    assert counts(conversion_of(convert, net, fuse=True, exclude="bn1")) == (8, 4)
     assert type(net) is ResNet
     assert_close(results(net, images(2)), results(plain, images(2)))
 
 
 def test_layers_that_stay_as_they_were_are_not_fused():
     net = made("bottleneck")
-    report = told(convert, net, fuse=True, exclude="layer2.*")
+    report = conversion_of(convert, net, fuse=True, exclude="layer2.*")
     assert (counts(report), report.unfused) == ((7, 3), {})
     assert type(net.layer2[0]) is Bottleneck
 
@@ -250,7 +250,7 @@ def compiled_steps(rank, net, shares):
 
 def test_a_fused_net_compiles_as_one_graph():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), BasicBlock(4, 4)).double()
-    assert counts(told(convert, net, fuse=True)) == (2, 1)
+    assert counts(conversion_of(convert, net, fuse=True)) == (2, 1)
     (first, *gradients), (second, *others) = run_ranks(
         compiled_steps, 2, net, images(5, 6).split([3, 2]), timeout_s=300
     )
@@ -399,7 +399,7 @@ def check(net, number, reasons, x=None, **options):
     x = images(4, 4) if x is None else x
     before = state(net)
     plain = convert(copy.deepcopy(net), report=lambda _: None)
-    report = told(convert, net, fuse=True, **options)
+    report = conversion_of(convert, net, fuse=True, **options)
     assert counts(report) == number
     assert report.unfused.keys() == reasons.keys()
     for name, reason in reasons.items():
@@ -570,7 +570,7 @@ def test_a_forward_that_a_trace_would_change_is_left_alone(forward, reason):
     held = dict(vars(net))
     drawn = torch.get_rng_state()
 
-    report = told(convert, net, fuse=True)
+    report = conversion_of(convert, net, fuse=True)
 
     assert (report.fused, list(report.unfused)) == ({}, [""])
     assert reason in report.unfused[""]
@@ -619,7 +619,7 @@ def test_a_module_that_is_special_is_left_alone(change, name, reason, add):
     net = block(lambda self, x: self.drop(self.relu(self.one(x) + x if add else self.one(x))))
     net.relu.inplace = False  # torch allows none after a backward hook
     change(net)
-    report = told(convert, net, fuse=True)
+    report = conversion_of(convert, net, fuse=True)
     assert report.fused == {}
     assert list(report.unfused) == [name]
     assert reason in report.unfused[name]
@@ -632,7 +632,7 @@ def test_a_module_that_is_special_is_left_alone(change, name, reason, add):
 def test_a_pair_that_is_special_is_left_alone_in_a_sequential(change, name, reason):
     net = nn.Sequential(OrderedDict(bn1=nn.BatchNorm2d(3), relu=nn.ReLU())).double()
     change(net)
-    report = told(convert, net, fuse=True)
+    report = conversion_of(convert, net, fuse=True)
     assert (report.fused, list(report.unfused)) == ({}, [name])
     assert reason in report.unfused[name]
     assert type(net) is nn.Sequential
@@ -705,7 +705,7 @@ def test_what_would_compute_something_else_is_not_fused(forward, reason):
 def test_an_input_that_may_change_is_read_before(forward):
     net, x = block(forward).eval(), images(4, 4)
     plain = convert(copy.deepcopy(net))
-    assert "might change its input" in told(convert, net, fuse=True).unfused["bn1"]
+    assert "might change its input" in conversion_of(convert, net, fuse=True).unfused["bn1"]
     with torch.no_grad():  # As autograd forbids it
         assert_close(net(x), plain(x))
 
@@ -760,7 +760,7 @@ def test_a_parametrised_module_is_fused_and_reverts():
     net, x = block(lambda self, x: F.relu(self.one(x)) * self.gate), images(4, 4)
     parametrize.register_parametrization(net, "gate", Double())
     plain = convert(copy.deepcopy(net))
-    assert counts(told(convert, net, fuse=True)) == (1, 0)
+    assert counts(conversion_of(convert, net, fuse=True)) == (1, 0)
     assert_close(results(net, x), results(plain, x))
     assert type(revert(net)).__name__ == "ParametrizedOwn"
     assert type(parametrize.remove_parametrizations(net, "gate")).__name__ == "Own"
@@ -774,7 +774,7 @@ def test_a_module_parametrised_after_it_was_fused_reverts():
 
 def test_a_lazy_layer_is_fused_once_it_knows_its_channels():
     net = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()).double()
-    assert "lazy" in told(convert, net, fuse=True).unfused["0"]
+    assert "lazy" in conversion_of(convert, net, fuse=True).unfused["0"]
     net(images(2, 4))
-    assert counts(told(convert, net, fuse=True)) == (1, 0)
+    assert counts(conversion_of(convert, net, fuse=True)) == (1, 0)
     assert type(net[0]) is SyncBatchNorm

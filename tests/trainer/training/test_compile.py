@@ -10,7 +10,7 @@ from syncbn.trainer.job.build import assemble, build
 from syncbn.trainer.job.diagnosis import graph_break
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import Log, world_of
+from tests.trainer.on_ranks import Log, world_of
 
 
 def small(num_classes):
