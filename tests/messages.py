@@ -16,13 +16,13 @@ THROUGH_MEMORY = {"add": "all_reduce", "gather": "all_gather"}
 LEADERS = "all_reduce of leaders"
 
 
-def recording_lines(found, real):
+def recording_lines(sent, real):
     """Of the messages that C sends itself."""
 
     def line(exchange, values, device, direction):
         one = real(exchange, values, device, direction)
         if one is not None and one.mailbox is not None:
-            found.append(("all_reduce", values, torch.float64))
+            sent.append(("all_reduce", values, torch.float64))
         return one
 
     return line
@@ -34,31 +34,31 @@ def recorded():
 
     Among the first ranks of several hosts, all_reduce has a name of its own.
     """
-    found = []
+    sent = []
 
     def recording(name, place, real):
         def collective(group, *arguments, **options):
             tensor = arguments[place]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            found.append((name, tensor.numel(), tensor.dtype))
+            sent.append((name, tensor.numel(), tensor.dtype))
             return real(group, *arguments, **options)
 
         return collective
 
     # The last has come with torch 2.15
     watched = [(ProcessGroup, name, NAMES.get(name, name), at) for name, at in SENT.items()]
-    watched += [(Mailbox, name, told, 0) for name, told in THROUGH_MEMORY.items()]
+    watched += [(Mailbox, name, shown, 0) for name, shown in THROUGH_MEMORY.items()]
     watched += [(ProcessGroupGloo, "allreduce", LEADERS, 0)]
     patches = [
-        patch.object(owner, name, recording(told, at, getattr(owner, name)))
-        for owner, name, told, at in watched
+        patch.object(owner, name, recording(shown, at, getattr(owner, name)))
+        for owner, name, shown, at in watched
         if hasattr(owner, name)
     ]
-    patches.append(patch.object(collectives, "line", recording_lines(found, collectives.line)))
+    patches.append(patch.object(collectives, "line", recording_lines(sent, collectives.line)))
     for one in patches:
         one.start()
     try:
-        yield found
+        yield sent
     finally:
         for one in patches:
             one.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks import gpu, runner
 
 SCRIPT = Path("benchmarks/gpu.sh")
 # Of the trainer's and tests' packages a GPU machine has none
@@ -46,12 +46,13 @@ def test_the_rehearsal_goes_through_every_step_without_the_trainers_packages(tmp
     assert len(lines) < 60
     assert [line.split(":")[0] for line in lines[: len(STEPS)]] == STEPS
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", *(f"{name}.log" for name in STEPS)}
-    found = tables.read(tmp_path / "out")
-    assert [(line["step"], line["code"]) for line in found.values()] == [(name, 0) for name in STEPS]
-    assert found["smoke"]["found"]["checks"].keys() == {"layer", "eager", "masked element", "images", "native"}
-    assert found["step"]["found"]["layers"]["count"] == 20
-    assert not any(line["wrong"] for line in found["op"]["found"]["rows"])
-    assert found["drift"]["found"]["shares"].keys() == {"rank", "image"}
+    steps = gpu.read(tmp_path / "out" / "results.jsonl")
+    assert [(name, step.outcome["code"]) for name, step in steps.items()] == [(name, 0) for name in STEPS]
+    checks = {row["case"]["check"] for row in steps["smoke"].rows}
+    assert checks == {"layer", "eager", "masked element", "images", "native", "every pass"}
+    assert {row["case"]["layers"] for row in steps["step"].rows if "layer" in row["table"]} == {20}
+    assert {row["figures"]["right"] for row in steps["op"].rows} == {"yes"}
+    assert {row["case"]["level"] for row in steps["drift"].rows} == {"rank", "image"}
 
 
 @NO_GPU
@@ -62,7 +63,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_that_there_is_not_is_told(tmp_path):
+def test_a_step_that_there_is_not_is_named(tmp_path):
     done = run(tmp_path, "--rehearse", "smoke", "stpe")
     assert done.returncode == 2
     assert done.stderr == "There is no step stpe: the steps are smoke tests step op drift graph\n"
@@ -73,7 +74,7 @@ def test_a_step_that_there_is_not_is_told(tmp_path):
 @NO_GPU
 def test_a_step_that_fails_stops_no_other_and_one_can_be_run_again_alone(tmp_path):
     failing = tmp_path / "python"
-    failing.write_text(f'#!/bin/sh\ncase "$*" in *benchmarks.op_gpu*) exit 3;; esac\nexec {sys.executable} "$@"\n')
+    failing.write_text(f'#!/bin/sh\ncase "$*" in *op_gpu*) exit 3;; esac\nexec {sys.executable} "$@"\n')
     failing.chmod(0o755)
 
     first = run(tmp_path, "--rehearse", "op", "graph", python=failing)
@@ -87,52 +88,68 @@ def test_a_step_that_fails_stops_no_other_and_one_can_be_run_again_alone(tmp_pat
     assert "graph   ok" in again.stdout  # of the run before
 
 
-def op_row(shape, chain, torch_ms, ours_ms):
-    ms = {"torch": [torch_ms] * 3, "syncbn": [ours_ms] * 3}
-    return {"shape": shape, "dtype": "torch.bfloat16", "chain": chain, "ms": ms, "copy_gb_per_s": 4000.0}
+def row(table, case, **figures):
+    """A record with what the table reads of one; a number is the median of three."""
+    spreads = {
+        name.replace("_", " "): {"low": 0, "median": value, "high": 9, "n": 3} for name, value in figures.items()
+    }
+    return {"table": table, "case": case, "figures": spreads}
 
 
-def pass_row(mb, share, narrow=False):
-    of_copy = dict.fromkeys(("moments", "images", "normalize", "grad_sums", "grad_input"), share)
-    return {"mb": mb, "of_copy": of_copy, "narrow": narrow}
+def op_row(mb, chain, torch_over_ours, of_copy):
+    tensor = {"MB": mb, "chain": chain}
+    ours = row("operator", {**tensor, "contestant": "syncbn"}, of_syncbn=1.0)
+    ours["figures"]["of copy"] = of_copy
+    return [ours, row("operator", {**tensor, "contestant": "torch"}, of_syncbn=torch_over_ours)]
 
 
-def step_row(ms, memory, waits):
-    return {"ms": [ms] * 3, "memory_mib": memory, "kernels": 900, "waits": waits}
+def pass_rows(mb, share, narrow=False):
+    names = ("moments", "images", "normalize", "grad_sums", "grad_input")
+    cases = [{"MB": mb, "narrow": narrow, "pass": name} for name in names]
+    return [{"table": "passes", "case": case, "figures": {"of copy": share}} for case in cases]
 
 
-FOUND = {
-    "smoke": {"machine": "a GPU", "rows": [pass_row(400, 0.9), pass_row(400, 0.4, narrow=True), pass_row(1, 0.1)]},
-    "op": {
-        # 2 GB in 8 and 10 passes, at 4 TB/s in 4 and 5 ms; and one that a cache holds
-        "rows": [
-            op_row([1000, 100, 100, 100], "BN", 15.0, 8.0),
-            op_row([1000, 100, 100, 100], "BN+add+ReLU", 16.0, 10.0),
-            op_row([1, 10, 10, 10], "BN+ReLU", 3.0, 1.0),
-        ]
-    },
-    "step": {
-        "steps": {
-            "32": {
-                "local": step_row(20.0, 90, 0),
-                "torch": step_row(25.0, 120, 53),
-                "syncbn": step_row(21.0, 100, 0),
-                "fused": step_row(20.0, 80, 0),
-            }
-        },
-        "layers": {"ms_of_all": {"host": {"torch": [4.0] * 3, "syncbn": [2.0] * 3}}},
-    },
-    "drift": {"ratios": {"off": [1, 1, 1], "image": [1.01, 1.015, 1.02]}},
+def step_row(name, of_local, torch_over_it, memory_mib, waits):
+    made = row("step", {"images": 32, "contestant": name}, of_local=of_local, torch_over_it=torch_over_it)
+    made["figures"] |= {"memory_mib": memory_mib, "kernels": 900, "waits": waits}
+    return made
+
+
+HOST = "host, tiny tensors"
+MEASURED = {
+    "smoke": [*pass_rows(400, 0.9), *pass_rows(400, 0.4, narrow=True), *pass_rows(1, 0.1)],
+    # the last is one that a cache holds
+    "op": [*op_row(2000, "BN", 1.9, 0.5), *op_row(2000, "BN+add+ReLU", 1.6, 0.5), *op_row(0.002, "BN+ReLU", 3.0, 9.0)],
+    "step": [
+        row(HOST, {"kind": "torch"}, of_torch=1.0),
+        row(HOST, {"kind": "syncbn"}, of_torch=0.5),
+        step_row("local", 1.0, 1.25, 90, 0),
+        step_row("torch", 1.25, 1.0, 120, 53),
+        step_row("syncbn", 1.05, 1.19, 100, 0),
+        step_row("fused", 1.0, 1.25, 80, 0),
+    ],
+    "drift": [row("a model", {"level": "off"}, of_off=1.0), row("a model", {"level": "image"}, of_off=1.015)],
+    "graph": [],
+}
+MACHINE = {
+    "hardware": {"cpu": "a CPU", "cores": 2, "instructions": "AVX512", "gpu": "a GPU"},
+    "versions": {"torch": "2"},
 }
 
 
-def test_the_table_tells_each_figure_where_it_was_measured(tmp_path, capsys):
-    lines = [{"step": "op", "code": 1, "seconds": 1, "limit_s": 50, "found": None}]  # what a later line replaces
-    lines += [{"step": s, "code": 0, "seconds": 1, "limit_s": 50, "found": found} for s, found in FOUND.items()]
-    lines += [{"step": "graph", "code": 124, "seconds": 40, "limit_s": 40, "found": None}]
+def ended(step, code=0, seconds=1, limit_s=50):
+    figures = {"code": code, "seconds": seconds, "limit_s": limit_s}
+    return {"benchmark": "gpu", "table": "steps", "case": {"step": step}, "figures": figures, **MACHINE}
+
+
+def test_the_table_has_each_figure_where_it_was_measured(tmp_path, capsys):
+    lines = [ended("op", 1)]  # what a later run replaces
+    for step, rows in MEASURED.items():
+        lines += [{"benchmark": step, **one, **MACHINE} for one in rows]
+        lines.append(ended(step) if rows else ended(step, 124, 40, 40))
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    tables.main([str(tmp_path)])
+    runner.run("gpu", [str(tmp_path)])
 
     printed = capsys.readouterr().out
     cells = {row.split("|")[2].strip(): row.split("|")[4].strip() for row in printed.splitlines() if "|" in row}
@@ -152,7 +169,6 @@ def test_the_table_tells_each_figure_where_it_was_measured(tmp_path, capsys):
     assert "a GPU" in printed
 
 
-def test_a_folder_without_results_is_told(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tables.main([str(tmp_path)])
-    assert "`make gpu` makes it" in capsys.readouterr().err
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="`make gpu` makes it"):
+        runner.run("gpu", [str(tmp_path)])

@@ -1,11 +1,11 @@
 """The study in small, on real runs: what it trains, and what it tells of them."""
 
 import re
-import sys
 
 import pytest
 
-from benchmarks import small_batch
+from benchmarks import runner
+from benchmarks.trainer import small_batch
 from tests.trainer.images import image_folder
 
 
@@ -24,9 +24,9 @@ def test_every_norm_is_trained_at_every_batch_and_told_by_its_own_figures(tmp_pa
         monkeypatch.setattr(small_batch, name, values)
     runs, plot = tmp_path / "runs", tmp_path / "plot.svg"
     words = ["launch.nproc=2", "data.train_images=48"]
-    monkeypatch.setattr(sys, "argv", ["small_batch", str(data), "--runs", str(runs), "--plot", str(plot), *words])
+    command = [str(data), "--runs", str(runs), "--plot", str(plot), *words]
 
-    small_batch.main()
+    runner.run("small_batch", command)
 
     said = capfd.readouterr().out
     assert "4 points: data.batch_per_rank × norm" in said
@@ -41,7 +41,7 @@ def test_every_norm_is_trained_at_every_batch_and_told_by_its_own_figures(tmp_pa
     assert re.search(r"^4 runs, 0\.\d h of training$", said, re.M)
     assert all(f">{norm}<" in plot.read_text() for norm in ("local", "group"))
 
-    small_batch.main()  # all is done: told again, and not trained again
+    runner.run("small_batch", command)  # all is done: told again, and not trained again
     again = capfd.readouterr().out
     assert again.count("is finished") == 4
     assert table(again, "Test error, %") == table(said, "Test error, %")

@@ -1,14 +1,14 @@
 """The training step's benchmark in small on a CPU, and that what it forces to be sent is sent."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 import syncbn
-from benchmarks import forced, layers, op_gpu, scale, step, timing
-from benchmarks.step import Contestant
+from benchmarks import runner
+from benchmarks.measure import records, timing
+from benchmarks.operator import forced, layers, op_gpu, scale, step
+from benchmarks.operator.step import Contestant
 from syncbn import SyncBatchNorm
 from tests.ranks import run_ranks
 
@@ -68,6 +68,12 @@ def test_torchs_layer_sends_two_messages_and_has_the_same_numbers():
     torch.testing.assert_close(theirs.state_dict(), local.state_dict())
 
 
+def small_options():
+    options = runner.parsed("step", step, SMALL)
+    options.compile = []
+    return options
+
+
 def small_training(norm, device="cuda"):
     torch.manual_seed(0)
     model = step.NORMS[norm](nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Head()))
@@ -108,23 +114,23 @@ def test_torchs_conversion_makes_layers_that_send():
 
 
 @pytest.mark.slow
-def test_a_small_run_prints_every_table_and_writes_what_the_model_of_scale_reads(tmp_path, capsys):
-    file = tmp_path / "step.json"
+def test_a_small_run_prints_every_table_and_records_what_the_model_of_scale_reads(tmp_path, capsys):
+    file = tmp_path / "step.jsonl"
 
-    step.main([*SMALL, "--layer-images", "2", "--json", str(file)])
+    runner.run("step", [*SMALL, "--layer-images", "2", "--json", str(file)])
 
     printed = capsys.readouterr().out
     assert "torch 2." in printed
     assert "torch: left out, torch.nn.SyncBatchNorm refuses CPU tensors; graph: left out, it needs a GPU" in printed
-    found = json.loads(file.read_text())
-    assert scale.read_steps(file).keys() == {2}
-    rows = found["steps"]["2"]
+    rows = records.read(file)
+    assert scale.read_steps(str(file)).keys() == {2}
+    steps = {row["case"]["contestant"]: row["figures"] for row in rows if row["table"] == "step"}
     ours = ["syncbn", "fused"]
-    assert {name: row["messages"] for name, row in rows.items()} == {"local": 0} | dict.fromkeys(ours, 40)
-    assert rows["local"]["cosine"] == pytest.approx(1)
-    assert all(rows[name]["cosine"] > 0.999 for name in ours)
-    assert "2 images" in printed
-    assert found["layers"]["count"] == 20
+    assert {name: row["messages"] for name, row in steps.items()} == {"local": 0} | dict.fromkeys(ours, 40)
+    assert steps["local"]["cosine"] == pytest.approx(1)
+    assert all(steps[name]["cosine"] > 0.999 for name in ours)
+    assert {row["case"]["images"] for row in rows if row["table"] == "step"} == {2}
+    assert {row["case"]["layers"] for row in rows if "layer" in row["table"]} == {20}
     assert "syncbn fused ReLU" in printed
     assert not torch.distributed.is_initialized()
 
@@ -164,7 +170,7 @@ def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
-        step.main([])
+        runner.run("step", [])
     assert "there is no GPU: give --device cpu" in capsys.readouterr().err
 
 
@@ -175,22 +181,24 @@ def test_the_layers_are_those_of_the_network_in_the_order_of_calls():
     assert shapes[-1] == (8, 2048, 7, 7)
 
 
-def test_the_operator_is_compared_and_timed(capsys):
+def test_the_operator_is_compared_and_timed():
     cases = [((2, 16, 5, 4), torch.float32, "NHWC"), ((4, 20, 9, 7), torch.bfloat16, "NCHW")]
-    rows = op_gpu.measure(cases, 0.05, "cpu", copy=10.0)
-    assert [row["chain"] for row in rows] == [*op_gpu.FLOORS] * 2
-    for row in rows:
-        assert row["ms"].keys() == row["errors"].keys() == {"cudnn", "syncbn"}
-        assert not row["wrong"]
-    assert "WRONG" not in capsys.readouterr().out
+    for case in cases:
+        rows = list(
+            op_gpu.checked(row for chain in op_gpu.FLOORS for row in op_gpu.rows(case, chain, 0.05, "cpu", 10.0))
+        )
+        assert [row.case["chain"] for row in rows[::2]] == [*op_gpu.FLOORS]
+        assert [row.case["contestant"] for row in rows] == ["cudnn", "syncbn"] * 3
+        assert all(row.figures["right"] == "yes" for row in rows)
 
 
-def test_a_contestant_that_computes_something_else_is_wrong(monkeypatch, capsys):
+def test_a_contestant_that_computes_something_else_is_wrong(monkeypatch):
     forward = SyncBatchNorm.forward
     monkeypatch.setattr(SyncBatchNorm, "forward", lambda *inputs: 1.02 * forward(*inputs))
-    rows = op_gpu.measure([((2, 16, 5, 4), torch.float32, "NCHW")], 0.05, "cpu")
-    assert all(row["wrong"] == ["syncbn"] for row in rows)
-    assert capsys.readouterr().out.count("WRONG: syncbn") == 3
+    rows = op_gpu.checked(op_gpu.rows(((2, 16, 5, 4), torch.float32, "NCHW"), "BN", 0.05, "cpu", None))
+    assert (next(rows).figures["right"], next(rows).figures["right"]) == ("yes", "WRONG")
+    with pytest.raises(SystemExit, match="some contestants are WRONG"):
+        next(rows)
 
 
 def test_turns_are_paired():
@@ -198,7 +206,7 @@ def test_turns_are_paired():
     times = timing.turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0)
     assert len(times["a"]) == len(times["b"]) == 11
     assert calls[8:] == ["a", "b"] * 11
-    assert timing.ratios({"a": [2.0, 4.0, 6.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == [2, 2, 2]
+    assert timing.ratio({"a": [2.0, 4.0, 6.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == (2, 2, 2, 3)
 
 
 def test_syncbn_is_as_it_was_after_sending():
@@ -216,31 +224,42 @@ def figures(memory_mib):
     return step.Figures(memory_mib, 900, 0, 106, torch.ones(3))
 
 
-def test_what_is_wanted_stands_beside_what_was_found():
+def test_what_is_wanted_stands_beside_what_is_measured():
     counted = {name: figures(100.0 if name == "torch" else 90.0) for name in ROUNDS}
-    lines = step.table(32, ROUNDS, counted).splitlines() + step.verdicts(ROUNDS, counted).splitlines()
-    torchs = next(line for line in lines if line.startswith("torch")).split()
-    assert " ".join(torchs[1:]) == "12.00 ( 12.00 24.00) 2667 1.200 (1.200 1.200) 100 900 0 106 1.0000"
-    assert "wanted: fusion or graph at most 1.03 of local's step; fused: 1.050" in lines
-    assert "wanted: fusion or graph at most 1.03 of local's step; syncbn graph: 1.020" in lines
-    assert "wanted: torch at least 1.15 of ours; of syncbn: 1.20" in lines
-    assert "wanted: memory below torch's, 100 MiB; fused: 90 MiB" in lines
+    rows = {row.case["contestant"]: row.figures for row in step.rows(32, ROUNDS, counted)}
+    assert rows["torch"]["of local"] == (1.2, 1.2, 1.2, 3)
+    assert (rows["torch"]["images/s"], rows["torch"]["memory_mib"]) == (pytest.approx(32e3 / 12), 100)
+    assert rows["fused"]["of local"].median == 1.05
+    assert rows["syncbn graph"]["of local"].median == pytest.approx(1.02)
+    assert rows["syncbn"]["torch over it"].median == 1.2
+    assert "of local at most 1.03" in rows["fused"]["wanted"]
+    assert "torch over it at least 1.15" in rows["fused"]["wanted"]
+    assert all(row.figures["wanted"] is None for row in step.rows(8, ROUNDS, counted))
 
 
 def test_times_of_layers_stand_beside_torchs_with_a_relu_where_there_is_one():
     times = {name: [2.0, 2.0, 4.0] for name in layers.KINDS}
     times |= {"torch": [4.0, 4.0, 8.0], "syncbn fused ReLU": [1.0, 1.0, 2.0]}
-    lines = layers.table({"host": times, "layer": times}, 20, 8).splitlines()
-    assert len(lines) == 2 * (1 + len(layers.KINDS))
-    assert lines[-1].split()[3:] == ["50.0", "(", "50.0", "100.0)", "0.50", "(", "0.50", "0.50)"]
+    rows = {row.case["kind"]: row.figures for row in layers.rows("layer", times, 20)}
+    assert rows.keys() == layers.KINDS.keys()
+    assert rows["syncbn fused ReLU"]["us a layer"][:3] == (50, 50, 100)
+    assert rows["syncbn fused ReLU"]["of torch"] == (0.5, 0.5, 0.5, 3)
+    assert rows["syncbn"]["of torch"] == (0.5, 0.5, 0.5, 3)
 
 
-def test_the_share_of_a_copy_is_that_of_the_fewest_passes():
+def test_the_share_of_a_copy_is_that_of_the_fewest_passes(monkeypatch):
     # 2 GB in bf16, so 10 of them are 20 GB, and in 10 ms 2 TB/s
-    case, times = ((1000, 100, 100, 100), torch.bfloat16, "NHWC"), {name: [30.0] * 3 for name in op_gpu.NAMES}
-    text = op_gpu.line(case, "BN+add+ReLU", times | {"syncbn": [10.0] * 3}, dict.fromkeys(times, 1e-3), 4000.0)
-    assert " ".join(text.split()[11:]) == "10.000 ( 10.000 10.000) 0.50 0.85 3.00 ( 3.00 3.00) 1.5 1.0e-03 1.0e-03"
-    assert len(text) == len(op_gpu.HEAD)
+    case = (1000, 100, 100, 100), torch.bfloat16, "NHWC"
+    ms = {"cudnn": 30.0, "torch": 30.0, "syncbn": 10.0}
+    monkeypatch.setattr(op_gpu, "inputs", lambda *_: None)
+    monkeypatch.setattr(op_gpu, "contestants", lambda *_: dict.fromkeys(ms))
+    monkeypatch.setattr(op_gpu, "errors", lambda *_: dict.fromkeys(ms, 1e-3))
+    monkeypatch.setattr(timing, "turns", lambda *_: {name: [value] * 3 for name, value in ms.items()})
+    rows = {row.case["contestant"]: row.figures for row in op_gpu.rows(case, "BN+add+ReLU", 1, "cpu", 4000.0)}
+    assert rows["syncbn"]["of copy"] == 0.5
+    assert rows["syncbn"]["wanted"] == "of copy at least 0.85"
+    assert rows["torch"]["of syncbn"] == (3, 3, 3, 3)
+    assert rows["torch"]["wanted"] == "of syncbn at least 1.5"
 
 
 def test_all_are_timed_before_the_profiler_has_run(monkeypatch):
@@ -249,7 +268,7 @@ def test_all_are_timed_before_the_profiler_has_run(monkeypatch):
     monkeypatch.setattr(timing, "turns", lambda *given: order.append("time") or turns(*given))
     monkeypatch.setattr(step, "count", lambda *given: order.append("count") or count(*given))
     monkeypatch.setattr(step, "build", lambda *_: step.Built(lambda: None, lambda: None, None, torch.ones(3)))
-    step.measure(step.arguments(SMALL), 2)
+    step.timed(small_options(), 2)
     assert order == ["time", *["count"] * 3]
 
 
@@ -260,6 +279,6 @@ def test_a_contestant_that_fails_is_left_out_with_its_reason(monkeypatch, capsys
         return step.Built(lambda: None, lambda: None, None, torch.ones(3))
 
     monkeypatch.setattr(step, "build", build)
-    times, counted = step.measure(step.arguments(SMALL), 2)
+    times, counted = step.timed(small_options(), 2)
     assert "syncbn" not in times.keys() | counted.keys()
     assert capsys.readouterr().out == "syncbn: left out, RuntimeError: no such kernel\n"

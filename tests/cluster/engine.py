@@ -141,11 +141,11 @@ def pip_settings():
     return "\n".join(["[global]", f"cert = {CERTIFICATES}", *(f"{k} = {v}" for k, v in settings.items()), ""])
 
 
-def until(condition, timeout_s=180.0, told=lambda: ""):
+def until(condition, timeout_s=180.0, log=lambda: ""):
     """Wait until the condition holds: its value."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"still waiting after {timeout_s} s:\n{told()}"
+        assert time.monotonic() < deadline, f"still waiting after {timeout_s} s:\n{log()}"
         time.sleep(0.2)
     return value
 

@@ -37,15 +37,15 @@ def problems(value, schema, path=""):
         return [p for i, item in enumerate(value) for p in problems(item, schema["items"], f"{path}[{i}]")]
     if not isinstance(value, dict):
         return []
-    found = [f"{path}: lacks {name}" for name in schema.get("required", []) if name not in value]
+    wrong = [f"{path}: lacks {name}" for name in schema.get("required", []) if name not in value]
     for name, item in value.items():
         if name in schema.get("properties", {}):
-            found += problems(item, schema["properties"][name], f"{path}.{name}")
+            wrong += problems(item, schema["properties"][name], f"{path}.{name}")
         elif isinstance(others := schema.get("additionalProperties", "properties" not in schema), dict):
-            found += problems(item, others, f"{path}.{name}")
+            wrong += problems(item, others, f"{path}.{name}")
         elif not others:
-            found.append(f"{path}.{name}: no such field")
-    return found
+            wrong.append(f"{path}.{name}: no such field")
+    return wrong
 
 
 def extract(schema, value):

@@ -42,11 +42,11 @@ class Project:
 
     def until_past(self, step):
         """Wait until the checkpoint of the step, or of a later one, is there."""
-        until(lambda: max(saved_steps(self.runs / "r"), default=0) >= step, told=self.tell)
+        until(lambda: max(saved_steps(self.runs / "r"), default=0) >= step, log=self.tell)
 
     def end(self, timeout_s=240.0):
         """Wait until no node runs, or is started again: their exit codes."""
-        until(lambda: {self.state(node) for node in self.nodes} == {"exited"}, timeout_s, told=self.tell)
+        until(lambda: {self.state(node) for node in self.nodes} == {"exited"}, timeout_s, log=self.tell)
         return [self.engine.inspect(node, ".State.ExitCode") for node in self.nodes]
 
     def state(self, container):
@@ -109,7 +109,7 @@ def test_whatever_container_is_lost_the_run_goes_on_to_the_same_weights(engine, 
         made.until_past(15)
         lost = which(made)
         made.lose(lost)
-        until(lambda: engine.inspect(lost, ".RestartCount") == 1, told=made.tell)
+        until(lambda: engine.inspect(lost, ".RestartCount") == 1, log=made.tell)
         assert made.end() == [0, 0], made.tell()
         assert "going on from step" in made.tell()
         assert_same_run(runs, undisturbed)

@@ -40,7 +40,7 @@ def started(engine, image, tmp_path_factory):
     )  # fmt: skip
     first = engine.run("docker", "exec", name, "launch/healthy.sh")
     assert (first.returncode, first.stdout) == (1, "no rank trains yet\n")
-    until(lambda: (runs / "r" / "metrics.jsonl").exists(), told=lambda: engine.docker("logs", name))
+    until(lambda: (runs / "r" / "metrics.jsonl").exists(), log=lambda: engine.docker("logs", name))
     return name, runs
 
 
@@ -67,7 +67,7 @@ def test_its_first_process_reaps_and_no_process_is_roots(engine, started):
 
 def test_docker_stop_saves_within_the_grace_period_and_the_same_command_goes_on(engine, image, started, runs):
     name, stopped = started
-    until(lambda: saved_steps(stopped / "r"), told=lambda: engine.docker("logs", name))
+    until(lambda: saved_steps(stopped / "r"), log=lambda: engine.docker("logs", name))
     engine.docker("stop", "--time=60", name)
     assert engine.inspect(name, ".State.ExitCode") == 75, engine.docker("logs", name)
     assert engine.docker("logs", name).count("preempted at step") == 1
@@ -129,13 +129,13 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prepare, words, told", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(engine, image, runs, prepare, words, told):
+@pytest.mark.parametrize("prepare, words, reason", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(engine, image, runs, prepare, words, reason):
     options = prepare(runs)
     done = train(engine, image, runs, *words, options=options)
     # torch warns where no name server knows the container's address
     lines = [line for line in done.stdout.splitlines() if not line.startswith("[W")]
-    assert (done.returncode, lines) == (2, [f"error: {told}"])
+    assert (done.returncode, lines) == (2, [f"error: {reason}"])
 
 
 def test_a_change_of_code_installs_nothing_again(engine, image, tmp_path):

@@ -11,8 +11,7 @@ import yaml
 
 from tests.cluster.schemas import HERE, LAUNCH, manifests, problems
 from tests.cluster.tools import require
-from tests.launch.jobs import ROOT, job
-from tests.launch.test_nodes import free_port
+from tests.launch.jobs import ROOT, free_port, job
 
 pytestmark = pytest.mark.cluster
 
@@ -97,8 +96,11 @@ def pod(node, port):
 def sky_node(node, port):
     """What SkyPilot runs on a node, and the variables that it sets."""
     run = SKY["run"].replace(":29400", f":{port}").replace('run.root="$HOME/runs"', "")
-    told = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "1", "SKYPILOT_NODE_RANK": str(node)}
-    return ["bash", "-c", run.replace("$ARGS", '"$@"'), "run"], {**told, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2"}
+    variables = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "1", "SKYPILOT_NODE_RANK": str(node)}
+    return ["bash", "-c", run.replace("$ARGS", '"$@"'), "run"], {
+        **variables,
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2",
+    }
 
 
 @pytest.mark.parametrize("node", [pod, sky_node])

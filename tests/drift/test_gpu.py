@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from syncbn.drift import DriftMonitor
-from tests.drift.test_monitor import images, net
+from tests.drift.shards import images, net
 
 
 @pytest.fixture(autouse=True)

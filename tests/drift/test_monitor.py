@@ -14,34 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.drift.monitor import DriftMonitor
+from tests.drift.shards import CHANNELS, Net, images, net
 from tests.messages import recorded
 from tests.ranks import run_ranks
-
-CHANNELS = 6
-
-
-class Net(nn.Module):
-    def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, CHANNELS, 3), norm(CHANNELS)
-        self.conv2, self.bn2 = nn.Conv2d(CHANNELS, CHANNELS, 3), norm(CHANNELS)
-
-    def forward(self, x):
-        x = self.bn1(self.conv1(x)).relu()
-        return self.bn2(self.conv2(x))
-
-
-def net(sync=True, **options):
-    torch.manual_seed(0)
-    model = Net()
-    return syncbn.convert(model, **options) if sync else model
-
-
-def images(rank, step, count, *, shift=0.0):
-    """Images that differ, as those of a camera do: each its own brightness."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    noise = torch.randn(count, 3, 6, 6, generator=generator)
-    return noise + torch.randn(count, 3, 1, 1, generator=generator) + shift
 
 
 def read_all(rank, case, readings=4, every=10):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import syncbn
 from syncbn import collectives
 from syncbn.drift import DriftMonitor, observer
-from tests.drift.test_monitor import CHANNELS, images, net
+from tests.drift.shards import CHANNELS, images, net
 from tests.ranks import run_ranks
 
 READ_AT = {5, 9, 14, 40, 44, 48, 53}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ PYTHON = [sys.executable, "train.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Figures that differ from run to run, as they are times
 TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share")
+# torch 2.15 loses its store in a restart without it
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
 
 
@@ -116,17 +119,23 @@ def finished(command, *arguments, root, **options):
         return started.wait(), started.said
 
 
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
 def processes():
     return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
 
 
 def children(pid):
-    found = set()
+    pids = set()
     with suppress(OSError):  # it may end at any moment, and its threads too
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(OSError):
-                found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
-    return found
+                pids.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    return pids
 
 
 def descendants(pid):
@@ -149,8 +158,8 @@ def rank_of(pid):
     """By what it shows of itself, or else by the environment that a command was given; None if it is none."""
     if shown := re.match(r"syncbn: rank (\d+) of", command_of(pid)):
         return int(shown[1])
-    told = environment_of(pid).get("RANK")
-    return None if told is None else int(told)
+    rank = environment_of(pid).get("RANK")
+    return None if rank is None else int(rank)
 
 
 def command_of(pid):

@@ -16,6 +16,15 @@ def group_norm(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 36, num_classes))
 
 
+def shrinking(num_classes):
+    """Maps of 1×1 from images of 8×8, in the second of two blocks."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+    ]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4, num_classes))
+
+
 class Branching(nn.Module):
     """What it does depends on a value, so that no one graph holds it."""
 

@@ -1,7 +1,6 @@
 """Both doors with real processes: what they leave behind, what they print, how they end."""
 
 import json
-import os
 import pickle
 import re
 import shlex
@@ -17,35 +16,15 @@ from syncbn.trainer.errors import Ended, RanksFailed, UserError
 from syncbn.trainer.job import launch
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.runs import status_file
+from tests.launch.doors import TORCHRUN, errors, run
+from tests.launch.jobs import PYTHON, ROOT
 from tests.launch.jobs import state as latest
 from tests.trainer.images import image_folder
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PYTHON = [sys.executable, "train.py"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
 SHORT = ["train.steps=6", "train.log_every=2"]
 # A figure that is a time differs from run to run
 TIMES = ("time_s", "train/images_per_s", "train/step_ms", "train/data_wait_share")
-
-
-def run(command, *arguments, root=None):
-    """The finished process; its run folders go under root."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "OMP_", "MALLOC"))}
-    where = [f"run.root={root}"] if root else []
-    return subprocess.run(
-        [*command, *arguments, *where],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-
-
-def errors(done):
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 def figures(folder):
@@ -56,8 +35,8 @@ def figures(folder):
 def test_what_starts_the_ranks_does_not_wait_for_what_they_alone_import():
     code = "import sys, syncbn.trainer.job.launch; print([m for m in sys.argv[1:] if m in sys.modules])"
     seconds_each = ["torchvision", "torch._dynamo", "matplotlib"]
-    told = subprocess.run([sys.executable, "-c", code, *seconds_each], capture_output=True, text=True, check=True)
-    assert told.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code, *seconds_each], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +64,13 @@ def test_python_train_leaves_one_whole_folder(trained):
 
 def test_its_status_tells_what_became_of_it(trained):
     _, folder = trained
-    told = status_file.read(folder / "status.json")
+    record = status_file.read(folder / "status.json")
     result = json.loads((folder / "result.json").read_text())
-    assert (told.state, told.step, told.steps, told.restarts, told.world_size) == ("finished", 6, 6, 0, 2)
-    assert (told.checkpoint, told.checkpoint_step, told.error) == ("step_000000006.pt", 6, None)
-    assert told.objective == result["objective"]
-    assert told.images_per_s > 0
-    assert status_file.when(told.started) < status_file.when(told.updated)
+    assert (record.state, record.step, record.steps, record.restarts, record.world_size) == ("finished", 6, 6, 0, 2)
+    assert (record.checkpoint, record.checkpoint_step, record.error) == ("step_000000006.pt", 6, None)
+    assert record.objective == result["objective"]
+    assert record.images_per_s > 0
+    assert status_file.when(record.started) < status_file.when(record.updated)
 
 
 def test_metrics_are_written_down_with_their_units(trained):
@@ -130,8 +109,8 @@ def test_commands_that_are_printed_can_be_pasted_whatever_the_run_is_called(tmp_
     (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
     for row, command in ("look", "wandb leet"), ("upload", "wandb sync"):
         (line,) = re.findall(rf"^{row} +(.*)", done.stdout, re.M)
-        told = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], cwd=ROOT, capture_output=True, text=True)
-        assert told.stdout.splitlines() == [*command.split(), str(folder)]
+        done = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines() == [*command.split(), str(folder)]
 
 
 def test_the_checkpoint_is_whole_and_holds_no_code(trained):
@@ -147,10 +126,10 @@ def test_wandb_has_the_same_figures_offline(trained):
     _, folder = trained
     (run_file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     inspect = [BIN / "wandb", "leet", "inspect", "--json", run_file]
-    told = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "eval/accuracy" in told
-    assert "train/images_per_s" in told
-    assert "digits-resnet8-sync-b4-train.steps_6-seed0" in told
+    shown = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "eval/accuracy" in shown
+    assert "train/images_per_s" in shown
+    assert "digits-resnet8-sync-b4-train.steps_6-seed0" in shown
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +160,8 @@ def test_wandb_is_alerted_and_keeps_maps_and_tables_offline(drifting):
     _, folder = drifting
     (run_file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     inspect = [BIN / "wandb", "leet", "inspect", "--json", run_file]
-    told = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
-    records = [json.loads(line) for line in told.splitlines()]
+    shown = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
+    records = [json.loads(line) for line in shown.splitlines()]
     (alert,) = (record["alert"] for record in records if record["type"] == "alert")
     assert re.fullmatch(f"step 30: {SMALL}", alert["text"])
     summaries = [record["summary"]["update"] for record in records if record["type"] == "summary"]

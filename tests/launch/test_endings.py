@@ -69,9 +69,9 @@ BLAMED = {
 }
 
 
-@pytest.mark.parametrize(("exit_codes", "told", "stopped", "blamed"), BLAMED.values(), ids=BLAMED)
-def test_the_rank_that_the_others_fell_with_is_named(exit_codes, told, stopped, blamed):
-    assert start.to_blame(exit_codes, told, stopped) == (blamed, exit_codes[blamed])
+@pytest.mark.parametrize(("exit_codes", "reporting", "stopped", "blamed"), BLAMED.values(), ids=BLAMED)
+def test_the_rank_that_the_others_fell_with_is_named(exit_codes, reporting, stopped, blamed):
+    assert start.to_blame(exit_codes, reporting, stopped) == (blamed, exit_codes[blamed])
 
 
 class Ended:

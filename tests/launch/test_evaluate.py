@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.launch.test_doors import PYTHON, TORCHRUN, errors, run
+from tests.launch.doors import TORCHRUN, errors, run
+from tests.launch.jobs import PYTHON
 
 EVALUATE = "task=evaluate"
 

@@ -62,8 +62,8 @@ def test_without_restarts_the_job_says_who_died(tmp_path, rank):
     assert line.startswith(f"rank {rank} was ended by SIGKILL")
     (lost,) = re.findall(rf"^rank {1 - rank} lost another: (.*)", said, re.M)
     assert "Traceback" not in said
-    told = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
-    assert (told.state, told.error) == ("failed", f"{line} (rank 0: {lost})" if rank else line)
+    record = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
+    assert (record.state, record.error) == ("failed", f"{line} (rank 0: {lost})" if rank else line)
 
 
 @pytest.mark.parametrize("door", [PYTHON, pytest.param([*STANDALONE, "train.py"], marks=pytest.mark.slow)])
@@ -76,8 +76,8 @@ def test_what_one_rank_fails_with_is_the_cause_everywhere(tmp_path, door):
     assert code == (2 if door is PYTHON else 1)
     (cause,) = re.findall(rf"^error: (cannot read {data}/train/b/0007.jpg .*)", said, re.M)
     assert f"rank 0 lost another: {cause}\n" in said
-    told = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
-    assert (told.state, told.error) == ("failed", cause)
+    record = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
+    assert (record.state, record.error) == ("failed", cause)
     assert f"r: {cause}" in status.plain(status.runs([tmp_path / "runs"])).splitlines()
 
 
@@ -96,12 +96,14 @@ def test_a_rank_that_hangs_is_named_with_the_layer_that_it_never_reached(tmp_pat
         hung.until(lambda: "restart 1 of 1" in hung.said)  # torch gives a stopped rank 30 s before it kills it
         assert hung.wait() == 0, hung.said
         assert hung.left_over() == {}
-    told = re.search(r"lost another: (.*)", hung.said)[1]
+    message = re.search(r"lost another: (.*)", hung.said)[1]
     if rank == 1:
-        assert re.search(r"this rank \(0\) waits in message \d+, [\w.]*bn\d \((for|back)ward\)", told), told
-        assert re.search(r"rank 1, last heard of \d+ s ago, had made \d+ messages, the last in [\w.]*bn\d", told), told
+        assert re.search(r"this rank \(0\) waits in message \d+, [\w.]*bn\d \((for|back)ward\)", message), message
+        assert re.search(r"rank 1, last heard of \d+ s ago, had made \d+ messages, the last in [\w.]*bn\d", message), (
+            message
+        )
     else:  # it hosts the store through which ranks hear of each other
-        assert "rank 0" in told
+        assert "rank 0" in message
 
 
 @pytest.mark.slow

@@ -57,9 +57,9 @@ def test_what_is_not_there_is_told_before_ranks_start(tmp_path, words, said):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('broken by a test')")
     path = f"{tmp_path}:{ROOT}"
-    code, told = finished(PYTHON, *words, "run.name=r", root=tmp_path / "runs", PYTHONPATH=path)
+    code, output = finished(PYTHON, *words, "run.name=r", root=tmp_path / "runs", PYTHONPATH=path)
     assert code == 2
-    assert told.splitlines()[-1].startswith(f"error: {said}")
+    assert output.splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "runs").exists()
 
 

@@ -45,8 +45,8 @@ def test_the_second_job_is_refused_and_a_killed_one_holds_nothing(tmp_path):
 
         # It went on undisturbed meanwhile
         first.until_past(max(saved_steps(root / "r")) + 5)
-        told = json.loads((root / "r" / "status.json").read_text())
-        assert (told["state"], told["pid"], told["restarts"]) == ("training", holder.pid, 0)
+        written = json.loads((root / "r" / "status.json").read_text())
+        assert (written["state"], written["pid"], written["restarts"]) == ("training", holder.pid, 0)
         first.kill()
         assert first.left_over() == {}  # a process that is killed on a busy machine takes its time
     assert lock.holder(root / "r") is None

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from syncbn.trainer.training.resume import load
 from tests.launch.hosts import needs_namespaces, two_hosts
-from tests.launch.jobs import TORCHRUN, Job, differing, environment_of, job, running, state
+from tests.launch.jobs import ENVIRONMENT, TORCHRUN, Job, differing, environment_of, free_port, job, running, state
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +22,6 @@ RUN = [
     "train.eval_every=60", "checkpoint.every=5", "launch.device=cpu", "launch.timeout_s=12",
     "optim.lr=0.01",  # with a higher one a rounding error grows, to a percent by step 60
 ]  # fmt: skip
-# torch 2.15 loses its store in a restart without it
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 QUICK_TO_NOTICE = {"keep_alive_interval": 1, "keep_alive_max_attempt": 5, "last_call_timeout": 2}
 
 
@@ -36,12 +33,6 @@ def torchrun(host, endpoint, *, nodes, **rendezvous):
         *TORCHRUN, f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
         "--rdzv-id=r", f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={conf}",
     ]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def beside(stack, root, port, *, host=False, nodes="1:2"):
@@ -204,9 +195,9 @@ def test_a_node_that_dies_is_done_without_and_another_is_taken_in(undisturbed, t
         third = beside(stack, root, port)
         first.until(lambda: told_to_end(alone))
         os.kill(alone, signal.SIGCONT)
-        told = time.monotonic()
+        signalled_at = time.monotonic()
         until_ranks(first, 2)
-        print(f"together again {time.monotonic() - told:.0f} s after the signal")
+        print(f"together again {time.monotonic() - signalled_at:.0f} s after the signal")
         assert "preempted at step" in first.said
         assert [first.wait(), third.wait()] == [0, 0]
     assert_same_losses(root / "r", undisturbed)

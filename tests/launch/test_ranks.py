@@ -29,8 +29,8 @@ def test_a_nursery_has_one_thread():
     imports = "; ".join(f"import {name}" for name in nursery.IMPORTED)
     code = f"{imports}; import os; print(len(os.listdir('/proc/self/task')))"
     environment = {**os.environ, **nursery.ENVIRONMENT}
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert told.stdout == "1\n", told.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_ranks_are_forked_and_ps_shows_which_they_are(tmp_path):
@@ -143,8 +143,8 @@ def test_a_rank_has_the_environment_and_the_folder_of_its_launcher(tmp_path):
     )
     (tmp_path / "here").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "here", env=environment, capture_output=True, text=True
     )
-    assert told.stdout.strip() == "1", told.stderr
+    assert done.stdout.strip() == "1", done.stderr
     assert "No such file or directory: 'no.yaml'" in (tmp_path / "reason7").read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from syncbn.trainer.files import SCRATCH
 from tests.launch.jobs import PYTHON, ROOT, STANDALONE, differing, figures, finished, job, saved_steps, state
-from tests.trainer.display.test_wandb_run import read
+from tests.trainer.display.wandb_files import read
 from tests.trainer.images import image_folder
 
 STEPS = 60
@@ -122,8 +122,10 @@ def test_what_is_printed_uploads_the_whole_run_after_it_was_asked_to_end(tmp_pat
     history = [r["history"]["item"] for r in read(ROOT / upload) if r["type"] == "history"]
     record = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
     for name in "train/loss", "train/images_per_s", "eval/accuracy":
-        told, written = ([(line["step"], line[name]) for line in lines if name in line] for lines in (history, record))
-        assert told == written
+        logged, written = (
+            [(line["step"], line[name]) for line in lines if name in line] for lines in (history, record)
+        )
+        assert logged == written
     assert len(list(tmp_path.glob("runs/r/wandb/offline-run-*/*.synced"))) == 2
 
 

@@ -71,8 +71,8 @@ def test_a_run_works(everyones, surrounding):
 @pytest.mark.parametrize(("surrounding", "said"), ENDS.values(), ids=ENDS)
 def test_a_run_ends_in_a_line_that_says_why(tmp_path, surrounding, said):
     skip_unless_possible(surrounding)
-    code, told = finished([*surrounding, *PYTHON], *SHORT, root=tmp_path / "runs")
-    (line,) = told.splitlines()
+    code, output = finished([*surrounding, *PYTHON], *SHORT, root=tmp_path / "runs")
+    (line,) = output.splitlines()
     assert code == 2
     assert line.startswith(f"error: {said}")
 

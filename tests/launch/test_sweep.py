@@ -64,15 +64,15 @@ def test_a_sweep_that_is_asked_to_end_saves_the_point_and_begins_no_other(tmp_pa
 
 
 def test_choices_that_cannot_be_are_refused_for_their_points_alone(tmp_path):
-    one_value = ["model.name=tests.trainer.rank.test_one_value:shrinking", "data.batch_per_rank=1"]
+    one_value = ["model.name=tests.launch.nets:shrinking", "data.batch_per_rank=1"]
     words = [*SMALL, *one_value, "norm=torch,local,sync", "launch.nproc=2", "train.steps=2"]
     code, said = finished([*PYTHON, *words], root=tmp_path / "runs")
     assert code == 2, said
     reasons = {"torch": "norm=torch on cpu", "local": "norm=local has one value per channel"}
     for point, (norm, reason) in enumerate(reasons.items(), start=1):
         (line,) = (line for line in said.splitlines() if line.startswith(f"point {point} of 3 refused: {reason}"))
-        told = line.partition(": ")[2]
-        assert f"refused: {told} (norm={norm})" in said.splitlines()
+        refusal = line.partition(": ")[2]
+        assert f"refused: {refusal} (norm={norm})" in said.splitlines()
     assert "error: " not in said
     assert "Traceback" not in said
     assert states(tmp_path / "runs") == ["refused", "refused", "finished"]
@@ -109,7 +109,7 @@ def test_optuna_draws_points_that_are_trained(tmp_path):
     assert code == 0, said
     assert "Traceback" not in said
     root = folder_of(tmp_path / "runs")
-    told = sweep_folder.read(root).points
-    assert [point.state for point in told] == ["finished"] * 3
-    best = max(point.objective for point in told)
+    points = sweep_folder.read(root).points
+    assert [point.state for point in points] == ["finished"] * 3
+    best = max(point.objective for point in points)
     assert f"best_value: {best}" in (root / "optimization_results.yaml").read_text()

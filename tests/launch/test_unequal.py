@@ -6,8 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.launch.jobs import PYTHON, ROOT, TORCHRUN, finished, job
-from tests.launch.test_nodes import ENVIRONMENT, free_port
+from tests.launch.jobs import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, finished, free_port, job
 from tests.trainer.images import image_folder
 
 needs_hosts = pytest.mark.skipif(

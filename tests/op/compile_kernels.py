@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from syncbn.kernels import Affine, Running
 from syncbn.kernels import triton as kernels
-from tests.op.test_kernels import CASES, inputs, step
+from tests.op.kernel_steps import CASES, inputs, step
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 # What an H100 or H200 has

@@ -17,26 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import LazySyncBatchNorm, SyncBatchNorm, convert, revert
 from syncbn.convert import SyncBatchNormAct
+from tests.op.conversions import BatchNormAct2d, Double, conversion_of, state, tensors
 from tests.op.steps import EXACT
 from tests.ranks import run_ranks
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 LAZY = {1: nn.LazyBatchNorm1d, 2: nn.LazyBatchNorm2d, 3: nn.LazyBatchNorm3d}
-
-
-class BatchNormAct2d(nn.BatchNorm2d):
-    """What timm's does."""
-
-    def __init__(self, channels, drop=None):
-        super().__init__(channels)
-        self.drop = drop or nn.Identity()
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
-
-
-BatchNormAct2d.__module__ = "timm.layers.norm_act"
 
 
 class OwnForward(nn.BatchNorm2d):
@@ -57,33 +43,6 @@ class RunningNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("running_var", torch.ones(3))
-
-
-class Double(nn.Module):
-    """A parametrisation."""
-
-    def forward(self, w):
-        return 2 * w
-
-    def right_inverse(self, w):
-        return w / 2
-
-
-def conversion_of(change, model, **options):
-    reports = []
-    assert change(model, **options, report=reports.append) is model
-    return reports.pop()
-
-
-def tensors(model):
-    return {name: (id(t), t.dtype, t.device) for name, t in model.state_dict(keep_vars=True).items()}
-
-
-def state(model):
-    """All there is to say of each module, by identity."""
-    return [
-        (type(m), {name: id(value) for name, value in vars(m).items()}, tensors(m), m.training) for m in model.modules()
-    ]
 
 
 def step(model, x, run=lambda model, x: model(x)):

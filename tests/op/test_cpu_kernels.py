@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm, kernels, reference
 from syncbn.kernels import Affine, eager
-from tests.op.test_kernels import LAST, assert_steps_agree, in_float64, inputs, make, step
+from tests.op.kernel_steps import LAST, assert_steps_agree, in_float64, inputs, make, step
 
 ROOT = Path(__file__).parents[2]
 # Around the lanes of a vector, the columns of a tile, the rows and values of a block

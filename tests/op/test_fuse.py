@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, convert, has_hooks, recalibrate, revert
-from tests.op.test_convert import BatchNormAct2d, Double, conversion_of, state
+from tests.op.conversions import BatchNormAct2d, Double, conversion_of, state
 from tests.ranks import run_ranks
 
 torchvision = pytest.importorskip("torchvision")

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm
 from syncbn.kernels import native
+from tests.op import kernel_steps
 from tests.op.steps import EXACT, assert_near, batch, joined, layer_of, train_layer, whole_batch
 from tests.ranks import run_ranks
 
@@ -100,14 +101,11 @@ NATIVE += [(case, torch.bfloat16) for case in ("plain", "relu")]
 @pytest.mark.parametrize("case, dtype", NATIVE, ids=str)
 @pytest.mark.parametrize("shape", [(12, 3), (16, 130, 4, 4), (12, 5, 7, 3), (0, 3, 4, 2)], ids=str)
 def test_torchs_own_kernels_agree_with_eager(shape, case, dtype):
-    # That file, and so this test, is skipped where there is no Triton
-    from tests.op import test_kernels
+    inputs = kernel_steps.inputs(shape, dtype, mean=1.0, **kernel_steps.CASES[case])
 
-    inputs = test_kernels.inputs(shape, dtype, mean=1.0, **test_kernels.CASES[case])
+    got = kernel_steps.step(native, **inputs)
 
-    got = test_kernels.step(native, **inputs)
-
-    test_kernels.assert_steps_agree(got, test_kernels.in_float64(inputs), 1e-5 if dtype == torch.float32 else 4 * 2**-7)
+    kernel_steps.assert_steps_agree(got, kernel_steps.in_float64(inputs), 1e-5 if dtype == torch.float32 else 4 * 2**-7)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"activation": "relu"}], ids=str)

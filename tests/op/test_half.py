@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from syncbn import SyncBatchNorm, kernels
 from syncbn.kernels import Affine
-from tests.op.test_kernels import DEVICE, MAKES, make
+from tests.op.kernel_steps import DEVICE, MAKES, make
 
 HALVES = [torch.float16, torch.bfloat16]
 

@@ -1,33 +1,15 @@
 """Bad input to the config is told in one line: the value seen, what is wanted, the mend."""
 
-from pathlib import Path
-
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.trainer import config
 from syncbn.trainer.config import Config
-from syncbn.trainer.errors import UserError
 from syncbn.trainer.norms import NORMS
 from syncbn.trainer.runs.folder import differences, is_legal, name_of
-
-CONF = Path(__file__).parents[2] / "conf"
-
-
-def composed(*overrides):
-    """The config that the command line's overrides make, or the line that they are refused with."""
-    config.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            return config.typed(compose("config", overrides=list(overrides)))
-        except UserError as error:
-            return str(error)
-        except (HydraException, OmegaConfBaseException) as error:
-            return config.explain(error)
-
+from tests.trainer.composed import CONF, composed
 
 BAD = {
     "data.batch=3": "data.batch: no such key; did you mean data.batch_per_rank?",

@@ -17,8 +17,8 @@ from syncbn.trainer import status
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs import lock, status_file
 from syncbn.trainer.runs.status_file import Pulse
+from tests.trainer.another_process import another
 from tests.trainer.made_runs import make_run
-from tests.trainer.runs.test_lock import another
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,10 @@ from PIL import Image
 from syncbn.trainer.display import wandb_run
 from syncbn.trainer.display.wandb_run import WAITING, Tracker, WandbConfig
 from syncbn.trainer.errors import UserError
+from tests.trainer.display.wandb_files import WANDB, read
 from tests.trainer.tracked import FIGURES, PICTURED, STEPS
 
 ROOT = Path(__file__).parents[3]
-WANDB = Path(sys.executable).parent / "wandb"
 TRACK = [sys.executable, "-m", "tests.trainer.tracked"]
 SECRETS = {"WANDB_API_KEY": 8 * "plant", "A_TOKEN": "planted-in-the-environment"}
 TIMEOUT_S = 6.0  # a wandb-core takes about one to start, on two busy cores more
@@ -70,12 +70,6 @@ class Tracked:
 
     def waited_for_nothing(self):
         return self.slowest_s < BLOCKED_S and self.finish_s < TIMEOUT_S + BLOCKED_S and self.exit_s < EXIT_S
-
-
-def read(files):
-    (file,) = files.glob("*.wandb")
-    inspect = [WANDB, "leet", "inspect", "--json", file]
-    return [json.loads(line) for line in subprocess.check_output(inspect, text=True).splitlines()]
 
 
 def is_whole(files):

@@ -17,8 +17,8 @@ from syncbn.trainer.report import comparison, page
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.metric import Metric
+from tests.trainer.composed import composed
 from tests.trainer.sweeps import ROOT, main
-from tests.trainer.test_config import composed
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from syncbn.trainer.rank.diagnosis import explained
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import world_of
+from tests.trainer.on_ranks import world_of
 
 SCORES, OTHER = torch.zeros(2, 10), torch.ones(2, 5)
 Auxiliary = namedtuple("Auxiliary", ["aux", "logits"])

@@ -1,7 +1,6 @@
 """One value a channel, of which no norm can take a variance, is told in one line: the layer, its input, the mend."""
 
 import pytest
-from torch import nn
 
 from syncbn.trainer.config import typed
 from syncbn.trainer.errors import UserError
@@ -10,21 +9,12 @@ from syncbn.trainer.rank.build import build
 from syncbn.trainer.rank.diagnosis import explained
 from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import world_of
-
-
-def shrinking(num_classes):
-    """Maps of 1×1 from images of 8×8, in the second of two blocks."""
-    blocks = [
-        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
-    ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4, num_classes))
+from tests.trainer.on_ranks import world_of
 
 
 def train(rank, norm, batch):
     """What a training of one step ends with."""
-    model = {"name": f"{__name__}:shrinking"}
+    model = {"name": "tests.launch.nets:shrinking"}
     config = typed({"norm": norm, "data": {"batch_per_rank": batch}, "model": model, "train": {"steps": 1}})
     world = world_of(rank)
     training = assemble(build(config, world), config, world)

@@ -4,38 +4,12 @@ import os
 import signal
 import socket
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs import lock
-
-
-@contextmanager
-def another(job):
-    """Another process that does job(told), and is killed at the end; what it tells is what is yielded with its pid."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            job(lambda text: os.write(theirs, f"{text}\n".encode()))
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    try:
-        with os.fdopen(ours) as told:
-            yield pid, told.readline
-    finally:
-        kill(pid)
-
-
-def kill(pid):
-    try:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+from tests.trainer.another_process import another, kill
 
 
 def holding(folder, for_s=60.0):

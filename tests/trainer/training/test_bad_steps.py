@@ -17,7 +17,7 @@ from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.training import loop, optim
 from syncbn.trainer.training.bad_steps import GROW, Guard
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import Log, world_of
+from tests.trainer.on_ranks import Log, world_of
 
 
 class Blows(nn.Module):

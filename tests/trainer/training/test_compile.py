@@ -11,7 +11,7 @@ from syncbn.trainer.rank.build import build
 from syncbn.trainer.rank.diagnosis import graph_break
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import Log, world_of
+from tests.trainer.on_ranks import Log, world_of
 
 
 def small(num_classes):

@@ -19,8 +19,8 @@ from syncbn.trainer.rank.build import build
 from syncbn.trainer.training import cuda_graph, loop
 from syncbn.trainer.training.cuda_graph import Captured
 from tests.ranks import run_ranks
+from tests.trainer.on_ranks import Log, world_of
 from tests.trainer.tape import tape
-from tests.trainer.training.test_loop import Log, world_of
 
 TIMES = {"train/images_per_s", "train/step_ms", "train/data_wait_share"}
 

@@ -23,7 +23,7 @@ from syncbn.trainer.rank.build import build
 from syncbn.trainer.runs.record import Record
 from syncbn.trainer.training import drift, loop
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import Log, world_of
+from tests.trainer.on_ranks import Log, world_of
 
 
 class Readings(Log):

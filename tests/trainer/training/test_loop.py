@@ -11,57 +11,21 @@ from torch.testing import assert_close
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.rank.assemble import assemble
 from syncbn.trainer.rank.build import build
-from syncbn.trainer.training import drift, evaluation, loop
-from syncbn.trainer.world import World
+from syncbn.trainer.training import evaluation, loop
 from tests.ranks import run_ranks
+from tests.trainer.on_ranks import Log, world_of
 
 # Gradients and weights in float64: what is left of a difference is the order of sums
 SAME = {"rtol": 1e-9, "atol": 1e-9}
 
 
-class Exact(nn.Module):
-    """A small network that computes in float64."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.net = SmallResNet(8, num_classes, width=4).double()
-
-    def forward(self, x):
-        return self.net(x.double())
-
-
-class Log:
-    """An observer that remembers, and a keeper too."""
-
-    def __init__(self):
-        self.lines, self.saved, self.shown = [], [], []
-
-    def stepped(self, step):
-        pass
-
-    def evaluating(self, step):
-        pass
-
-    def log(self, step, figures, reading=None):
-        self.lines.append((step, {**figures, **drift.flat(reading.layers)} if reading else figures))
-
-    def show(self, step, pictures):
-        self.shown.append((step, pictures))
-
-    def save(self, training, *, best=False):
-        self.saved.append(training.step)
-
-
-def world_of(rank):
-    return World(rank, dist.get_world_size(), torch.device("cpu"))
-
-
 def train(rank, overrides):
     """Train as the config says; the weights in the end, and what was logged."""
-    config: Config = typed({"data": {"augment": {"pad": 1}}, "model": {"name": f"{__name__}:Exact"}, **overrides})
+    config: Config = typed(
+        {"data": {"augment": {"pad": 1}}, "model": {"name": "tests.trainer.on_ranks:Exact"}, **overrides}
+    )
     world, log = world_of(rank), Log()
     training = assemble(build(config, world), config, world)
     figures = loop.fit(training, config.train, world, log, log, save_every=config.checkpoint.every)
@@ -72,7 +36,7 @@ def config(batch_per_rank=8, norm="sync", data=None, **train):
     return {
         "data": {"batch_per_rank": batch_per_rank, "augment": {"pad": 1, "mixup": 0.2}, **(data or {})},
         "norm": {"name": norm},
-        "model": {"name": f"{__name__}:Exact"},
+        "model": {"name": "tests.trainer.on_ranks:Exact"},
         "train": {"steps": 6, "log_every": 2, **train},
     }
 

@@ -18,7 +18,7 @@ from syncbn.trainer.training import drift, loop
 from syncbn.trainer.training.resume import Start
 from tests.launch.jobs import TIMES, differing
 from tests.ranks import run_ranks
-from tests.trainer.training.test_loop import Log, world_of
+from tests.trainer.on_ranks import Log, world_of
 
 
 class Dicing(nn.Module):
@@ -155,7 +155,7 @@ def on_other_ranks(overrides, at, before, after):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 3)])
 def test_other_ranks_go_on_with_the_same_global_batches(before, after):
     overrides = settings(data={"batch_per_rank": 16 // before, "augment": {"mixup": 0.2}}, level="off", ema=0.5)
-    overrides["model"] = {"name": "tests.trainer.training.test_loop:Exact"}
+    overrides["model"] = {"name": "tests.trainer.on_ranks:Exact"}
     (want, state), *_ = run_ranks(train, before, overrides)
 
     got, end = on_other_ranks(overrides, 6, before, after)

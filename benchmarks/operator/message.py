@@ -5,23 +5,23 @@
 
 Each turn sends MESSAGES of one kind in a row, then as many of the other; a figure is the quartiles over turns of a
 message's time on rank 0. Ranks have nothing to do in between, as they have in training: what a message costs there is
-benchmarks/step.py's matter.
+step.py's matter.
 
-    python -m benchmarks.message [RANKS ...] [--values N] [--turns N]
+    python -m benchmarks message [RANKS ...] [--values N] [--turns N]
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks.measure import ranks, timing
+from benchmarks.measure.records import Result
 from syncbn import collectives
 from syncbn.collectives import Reduction, messages
-from tests.ranks import run_ranks
 
 MESSAGES = 200
 
@@ -47,21 +47,15 @@ def measured(rank: int, values: int, turns: int) -> dict[str, list[float]]:
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ranks", nargs="*", type=int, default=[2, 4, 8])
     parser.add_argument("--values", type=int, default=513, help="float64 of a message: 2C + 1")
     parser.add_argument("--turns", type=int, default=21)
-    options = parser.parse_args()
-    print(timing.machine())
-    print(f"µs of a message of {options.values} float64, quartiles over {options.turns} turns of {MESSAGES}")
-    print(f"{'ranks':>5} {'memory':>24} {'gloo':>24}")
-    for ranks in options.ranks:
-        before = timing.stolen()
-        times = run_ranks(measured, ranks, options.values, options.turns, timeout_s=600)[0]
-        cells = ["{:.1f} {:.1f} {:.1f}".format(*timing.quartiles(of_one)) for of_one in times.values()]
-        print(f"{ranks:5} {cells[0]:>24} {cells[1]:>24}   {timing.stolen(before):.0%} stolen", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: argparse.Namespace) -> Iterator[Result]:
+    for size in options.ranks:
+        with ranks.started(size) as run:
+            times = run(measured, options.values, options.turns)[0]
+        for way, figures in timing.compared(times, "gloo", "us"):
+            yield Result(f"a message of {options.values} float64", {"ranks": size, "way": way}, figures)

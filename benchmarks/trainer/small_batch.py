@@ -1,6 +1,6 @@
 """The study: what each norm comes to at 1, 2, 4, 8 and 32 images a rank, on CIFAR-10 over 8 ranks of this machine.
 
-    python -m benchmarks.small_batch DATA [--runs FOLDER] [--plot FILE] [WORD ...]
+    python -m benchmarks small_batch DATA [--runs FOLDER] [--plot FILE] [WORD ...]
 
 It takes hours on two cores; the same command goes on. DATA holds train/<class>/*.jpg and test/<class>/*.jpg. Each point
 is a run of `experiment=small_batch/cifar10` for the same number of images; steps, and the rate, follow the batch. The
@@ -15,11 +15,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.measure import records
+from benchmarks.measure.records import Result
 from syncbn.trainer.errors import PREEMPTED
 from syncbn.trainer.report.plots import styled
 from syncbn.trainer.report.sweep_plot import drawn_along
@@ -48,13 +50,13 @@ def train(data: Path, root: Path, more: Sequence[str] = ()) -> Sweep:
 
 def figures(sweep: Sweep, root: Path, of: Callable[[reader.Run], float | None]) -> Cells:
     """A figure of each point's run."""
-    found: Cells = {(norm, batch): [] for norm in NORMS for batch in BATCHES}
+    cells: Cells = {(norm, batch): [] for norm in NORMS for batch in BATCHES}
     for point in sweep.points:
         if point.done and point.run:
             value = of(reader.read(root / point.run))
             if value is not None:
-                found[point.choices["norm"], int(point.choices["data.batch_per_rank"])].append(value)
-    return found
+                cells[point.choices["norm"], int(point.choices["data.batch_per_rank"])].append(value)
+    return cells
 
 
 def error(run: reader.Run) -> float | None:
@@ -94,25 +96,16 @@ TABLES: dict[str, Callable[[reader.Run], float | None]] = {
 }
 
 
-def table(cells: Cells) -> str:
-    """Markdown, a row for each norm."""
-    lines = [["norm", *map(str, BATCHES)], ["---"] * (1 + len(BATCHES))]
-    lines += [[norm, *(spread(cells[norm, batch]) for batch in BATCHES)] for norm in NORMS]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" + (f" (n = {len(values)})" if len(values) < len(SEEDS) else "")
+def rows(title: str, cells: Cells) -> Iterator[Result]:
+    """A row for each norm, with a column for each number of images a rank."""
+    for norm in NORMS:
+        yield Result(title, {"norm": norm}, {str(batch): records.mean(cells[norm, batch]) for batch in BATCHES})
 
 
 @styled
 def draw(cells: Cells, file: Path) -> None:
     """The test error against images a rank, a line for each norm."""
-    known = {norm: [batch for batch in BATCHES if cells[norm, batch]] for norm in NORMS}
+    measured = {norm: [batch for batch in BATCHES if cells[norm, batch]] for norm in NORMS}
     lines = [
         {
             "name": norm,
@@ -120,7 +113,7 @@ def draw(cells: Cells, file: Path) -> None:
             "means": [mean(cells[norm, batch]) / 100 for batch in batches],
             "stds": [stdev(each) / 100 if len(each := cells[norm, b]) > 1 else math.nan for b in batches],
         }
-        for norm, batches in known.items()
+        for norm, batches in measured.items()
     ]
     numbers = [float(value) for line in lines for value in line["along"]]
     look: Any = {"title": "Test error on CIFAR-10, mean ± std", "key": "images a rank", "log": True, "percent": True}
@@ -135,29 +128,31 @@ def draw(cells: Cells, file: Path) -> None:
     figure.savefig(file, dpi=150, facecolor="white", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.small_batch", description=__doc__)
-    parser.add_argument("data", type=Path, help="CIFAR-10 as an image folder")
+def image_folder(name: str) -> Path:
+    folder = Path(name)
+    if not (folder / "train").is_dir():
+        raise argparse.ArgumentTypeError(f"{folder} has no folder 'train'")
+    return folder
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=image_folder, help="CIFAR-10 as an image folder")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/small_batch"), help="where runs lie, and are gone on with"
     )
     parser.add_argument("--plot", type=Path, help="draw the test error, as .svg or .png")
     parser.add_argument("words", nargs="*", help="of train.py, for every point: launch.device=cuda, say")
-    given = parser.parse_intermixed_args()
-    if not (given.data / "train").is_dir():
-        parser.error(f"{given.data} has no folder 'train'")
-    sweep = train(given.data, given.runs, given.words)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
+    sweep = train(options.data, options.runs, options.words)
     for title, of in TABLES.items():
-        print(f"\n{title}\n\n{table(figures(sweep, given.runs, of))}")
+        yield from rows(title, figures(sweep, options.runs, of))
     took = [
-        json.loads((given.runs / p.run / "result.json").read_text())["duration_s"]
+        json.loads((options.runs / p.run / "result.json").read_text())["duration_s"]
         for p in sweep.points
         if p.done and p.run
     ]
     print(f"\n{len(took)} runs, {sum(took) / 3600:.1f} h of training")
-    if given.plot:
-        draw(figures(sweep, given.runs, error), given.plot)
-
-
-if __name__ == "__main__":
-    main()
+    if options.plot:
+        draw(figures(sweep, options.runs, error), options.plot)

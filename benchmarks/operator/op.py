@@ -1,10 +1,9 @@
 """What the operator costs on a CPU: against F.batch_norm, a detectron2-style formula ("naive"), and over gloo.
 
-    python -m benchmarks.op [--json FILE]
-    python -m benchmarks.op --device cuda [--json FILE]        on a GPU: benchmarks/op_gpu.py tells what is printed
+    python -m benchmarks op [--compile]
 
-The operator's tests run first, and a red one stops it. Every row's contestants take turns, so that a slow minute of the
-machine meets all of them; ratios are of one turn, and their median and quartiles are given. Forward and backward, fp32.
+The operator's tests run first, and a red one stops it. A case's contestants take turns, so that a slow minute of the
+machine meets all of them; ratios are of one turn. Forward and backward, fp32. `wanted` is of the ratio to F.batch_norm.
 
     alone   one process, one thread, no collective; --compile adds both under torch.compile; copy is the time in which
             memory moves as much as batch norm must, 8 times x: a copy of x moves 2
@@ -15,32 +14,25 @@ machine meets all of them; ratios are of one turn, and their median and quartile
 """
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import op_gpu, timing
-from benchmarks.timing import Step, Times
+from benchmarks.measure import ranks, timing
+from benchmarks.measure.records import Result
+from benchmarks.measure.timing import Step, Times
 from syncbn import DesyncMonitor, SyncBatchNorm
-from tests.ranks import run_ranks
 
-SHAPES = [(8, 64, 56, 56), (2, 256, 32, 32), (32, 64, 16, 16), (2, 2048, 7, 7)]
+SHAPES: list[tuple[int, ...]] = [(8, 64, 56, 56), (2, 256, 32, 32), (32, 64, 16, 16), (2, 2048, 7, 7)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 WANTED = {"NCHW": [0.6, 0.6, 0.6, 0.9], "NHWC": [1.0, 1.0, 1.0, 1.0]}
 SMALL, WANTED_OF_SMALL = (4, 16, 8, 8), 1.3
 WANTED_OF_FUSED = 0.6
-# Without these the time of page faults is what gets measured
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-QUIET = {"KINETO_LOG_LEVEL": "99"}
 
 
 def naive(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -72,7 +64,8 @@ def layer_step(shape: tuple[int, ...], layout: str, layer: nn.Module | None = No
     return step_of(layer, list(layer.parameters()), shape, layout)
 
 
-def fused_steps(shape: tuple[int, ...], layout: str) -> dict[str, Step]:
+def fused(shape: tuple[int, ...], layout: str, seconds: float) -> Times:
+    torch.set_num_threads(1)
     weight, bias = torch.ones(shape[1], requires_grad=True), torch.zeros(shape[1], requires_grad=True)
     residual = torch.randn(shape).to(memory_format=LAYOUTS[layout]).requires_grad_()  # pyright: ignore[reportCallIssue]
     layer = SyncBatchNorm(shape[1], track_running_stats=False, activation="relu")
@@ -80,10 +73,11 @@ def fused_steps(shape: tuple[int, ...], layout: str) -> dict[str, Step]:
     def torchs(x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, weight, bias, True) + residual)
 
-    return {
+    steps = {
         "F.batch_norm": step_of(torchs, [weight, bias, residual], shape, layout),
         "syncbn": step_of(lambda x: layer(x, residual=residual), [*layer.parameters(), residual], shape, layout),
     }
+    return timing.turns(steps, seconds)
 
 
 def copy_step(shape: tuple[int, ...]) -> Step:
@@ -151,80 +145,47 @@ def memory(make: Callable[[tuple[int, ...], str], Step], shape: tuple[int, ...],
     return sum(t.nbytes for t in saved.values()) / size, peak / size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="append a JSON line for each row")
-    parser.add_argument("--seconds", type=float, help="time for each row; without it 8, on a GPU 1")
+def on_ranks(shape: tuple[int, ...], layout: str, seconds: float) -> Times:
+    with ranks.started(2) as run:
+        return run(on_rank, shape, layout, max(15, int(seconds / 0.08)))[0]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=8, help="time for each case")
     parser.add_argument("--compile", action="store_true", help="the table of compiled layers too; needs a C++ compiler")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operator's tests first")
-    options = parser.parse_args()
-    on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("there is no GPU")
-    timing.restart_with({**MALLOC, **QUIET}, "benchmarks.op")
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     if not options.skip_tests and subprocess.run([sys.executable, "-m", "pytest", "tests/op"]).returncode:
         sys.exit("the operator's tests are red: nothing is measured")
-    before, machine = timing.stolen(), timing.machine(options.device)
-    of = "" if on_gpu else "fp32, "
-    print(f"{machine}; {of}forward + backward; tests {'skipped' if options.skip_tests else 'green'}")
-    rows = op_gpu.report(options.seconds or 1) if on_gpu else measure(options.seconds or 8, options.compile)
-    print(f"steal meanwhile: {timing.stolen(before):.0%}")
-    if options.json:
-        with options.json.open("a") as file:
-            file.writelines(json.dumps({**row, "machine": machine}) + "\n" for row in rows)
-    if any(row.get("wrong") for row in rows):
-        sys.exit("some contestants are WRONG: see above")
-
-
-def measure(seconds: float, with_compiled: bool) -> list[dict[str, Any]]:
     cases = [(shape, layout) for layout in LAYOUTS for shape in SHAPES]
-    small = (SMALL, "NCHW")
-    rows = []
-    print(f"\n{'alone, 1 thread':<40} {HEAD} {'wanted':>9} {'copy':>9} {'naive':>9}")
-    for shape, layout in [*cases, small]:
-        wanted = WANTED[layout][SHAPES.index(shape)] if shape in SHAPES else WANTED_OF_SMALL
-        times = alone(shape, layout, seconds)
-        print(f"{line(shape, layout, times)} {wanted:9.1f} {ratio(times, 'copy'):9.2f} {ratio(times, 'naive'):9.2f}")
-        rows.append({"table": "alone", "shape": shape, "layout": layout, "ms": times})
-    print(f"\n{'fused with add and relu, 1 thread':<40} {HEAD} {'wanted':>9}")
+    with_small = [*cases, (SMALL, "NCHW")]
+    yield from table("alone, 1 thread", alone, with_small, options.seconds, wanted_alone)
+    yield from table("fused with add and relu, 1 thread", fused, cases, options.seconds, lambda *_: WANTED_OF_FUSED)
+    if options.compile:
+        yield from table("compiled, 1 thread", compiled, cases, options.seconds)
+    yield from table("2 gloo ranks", on_ranks, with_small, options.seconds)
+    makes = {"F.batch_norm": batch_norm_step, "syncbn": layer_step, "naive": naive_step}
+    for layout in LAYOUTS:
+        for name, make in makes.items():
+            saved, peak = memory(make, SHAPES[0], layout)
+            case = {"shape": SHAPES[0], "layout": layout, "contestant": name}
+            yield Result("memory, in units of x", case, {"saved for backward": saved, "peak": peak})
+
+
+def table(
+    title: str,
+    contest: Callable[[tuple[int, ...], str, float], Times],
+    cases: list[tuple[tuple[int, ...], str]],
+    seconds: float,
+    wanted: Callable[[tuple[int, ...], str], float | None] = lambda *_: None,
+) -> Iterator[Result]:
     for shape, layout in cases:
-        torch.set_num_threads(1)
-        times = timing.turns(fused_steps(shape, layout), seconds)
-        print(f"{line(shape, layout, times)} {WANTED_OF_FUSED:9.1f}")
-        rows.append({"table": "fused", "shape": shape, "layout": layout, "ms": times})
-    if with_compiled:
-        print(f"\n{'both compiled, 1 thread':<40} {HEAD} {'nn.BatchNorm2d':>15}")
-        for shape, layout in cases:
-            times = compiled(shape, layout, seconds)
-            print(f"{line(shape, layout, times)} {ratio(times, 'nn.BatchNorm2d'):15.2f}")
-            rows.append({"table": "compiled", "shape": shape, "layout": layout, "ms": times})
-    print(f"\n{'2 gloo ranks':<40} {HEAD} {'gather':>9} {'watched':>9}")
-    for shape, layout in [*cases, small]:
-        times = run_ranks(on_rank, 2, shape, layout, max(15, int(seconds / 0.08)), timeout_s=600)[0]
-        print(f"{line(shape, layout, times)} {ratio(times, 'gather'):9.2f} {ratio(times, 'watched'):9.2f}")
-        rows.append({"table": "ranks", "shape": shape, "layout": layout, "ms": times})
-    print(f"\n{'memory, in units of x: saved, peak':<40} {'F.batch_norm':>14} {'syncbn':>14} {'naive':>14}")
-    for shape, layout in [(SHAPES[0], layout) for layout in LAYOUTS]:
-        figures = [memory(make, shape, layout) for make in (batch_norm_step, layer_step, naive_step)]
-        print(f"{shape!s:<34} {layout:<5} " + " ".join(f"{saved:7.2f} {peak:6.2f}" for saved, peak in figures))
-        rows.append({"table": "memory", "shape": shape, "layout": layout, "saved_and_peak": figures})
-    return rows
+        for name, figures in timing.compared(contest(shape, layout, seconds), "F.batch_norm"):
+            bound = wanted(shape, layout) if name == "syncbn" else None
+            yield Result(title, {"shape": shape, "layout": layout, "contestant": name}, {**figures, "wanted": bound})
 
 
-HEAD = f"{'F.batch_norm':>14} {'syncbn':>12} {'ratio':>7} {'quartiles':>12}"
-
-
-def line(shape: tuple[int, ...], layout: str, times: Times) -> str:
-    theirs, ours = (statistics.median(times[name]) for name in ("F.batch_norm", "syncbn"))
-    low, middle, high = timing.ratios(times, "syncbn", "F.batch_norm")
-    return f"{shape!s:<34} {layout:<5} {theirs:11.3f} ms {ours:9.3f} ms {middle:7.2f}  ({low:4.2f} {high:4.2f})"
-
-
-def ratio(times: Times, name: str) -> float:
-    """The median of the contestant's time over F.batch_norm's in the same turn."""
-    return timing.ratios(times, name, "F.batch_norm")[1]
-
-
-if __name__ == "__main__":
-    main()
+def wanted_alone(shape: tuple[int, ...], layout: str) -> float:
+    return WANTED[layout][SHAPES.index(shape)] if shape in SHAPES else WANTED_OF_SMALL

@@ -1,21 +1,25 @@
 """How many bytes a rank really sends, by the kernel's own count of the TCP sockets that it has open.
 
+    python -m benchmarks wire        2, 4 and 8 ranks; the rank that sends most
+
 torch.nn.SyncBatchNorm refuses CPU tensors, so its messages are sent in its stead; ours are those of the layer itself.
 gloo sends an all_reduce around a ring, 2 (W - 1) / W of the message from each rank, and an all_gather W - 1 times.
 """
 
+import argparse
 import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.measure import ranks
+from benchmarks.measure.records import Result
 from syncbn import SyncBatchNorm, collectives
-from tests.ranks import run_ranks
 
 RANKS = (2, 4, 8)
 WIDEST = 2048
@@ -64,12 +68,12 @@ def torchs(rank: int, channels: Sequence[int], backward: bool) -> None:
             dist.all_reduce(torch.ones(2 * c))
 
 
-def counted(send: Callable[..., Any], world: int, *args: Any) -> int:
+def counted(run: ranks.Run, send: Callable[..., Any], *args: Any) -> int:
     """Bytes that the rank that sends most sends in send(rank, *args)."""
     # Between calls nothing is under way: every rank has received all that it waited for
-    before = run_ranks(count, world)
-    run_ranks(send, world, *args)
-    return max(now - then for now, then in zip(run_ranks(count, world), before, strict=True))
+    before = run(count)
+    run(send, *args)
+    return max(now - then for now, then in zip(run(count), before, strict=True))
 
 
 def count(rank: int) -> int:
@@ -78,18 +82,18 @@ def count(rank: int) -> int:
     return sent_bytes()
 
 
-def table(resnet50: Sequence[int]) -> str:
-    """Counted bytes of both forms on 2, 4 and 8 ranks, for the widest layer's forward and for a step of ResNet-50."""
-    cases = {f"{WIDEST} channels, forward": ([WIDEST], False), "ResNet-50, a step": (list(resnet50), True)}
-    lines = [
-        "bytes that a rank sends over TCP, counted: the rank that sends most (gloo)",
-        "",
-        f"{'':5}" + "".join(f"{title:>36}" for title in cases),
-        f"{'ranks':5}" + f"{'ours':>12}{'torch':>12}{'torch/ours':>12}" * len(cases),
-    ]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
+    """Both forms, for the widest layer's forward and for a step of ResNet-50."""
+    from benchmarks.operator.scale import channels  # ranks, which import this file, need no torchvision
+
+    cases = {f"{WIDEST} channels, forward": ([WIDEST], False), "ResNet-50, a step": (channels(), True)}
     for world in RANKS:
-        lines.append(f"{world:5}")
-        for case in cases.values():
-            mine, theirs = (counted(form, world, *case) for form in (ours, torchs))
-            lines[-1] += f"{mine:12_}{theirs:12_}".replace("_", " ") + f"{theirs / mine:12.2f}"
-    return "\n".join(lines)
+        with ranks.started(world) as run:
+            for title, case in cases.items():
+                mine, theirs = (counted(run, form, *case) for form in (ours, torchs))
+                figures = {"ours, bytes": mine, "torch, bytes": theirs, "torch/ours": theirs / mine}
+                yield Result("bytes that a rank sends over TCP (gloo)", {"ranks": world, "what": title}, figures)

@@ -1,13 +1,13 @@
 """What a layer costs the host, forward and backward, with a GPU that takes no time: any machine, no GPU.
 
-    python -m benchmarks.host [--seconds 5] [--json FILE]
+    python -m benchmarks host [--seconds 5]
 
 A step of few images on a GPU is as long as the host needs to tell the GPU what to do, and a network has tens of layers.
 Here the tensors are on the CPU, and whatever would start work on a GPU does nothing: Triton's driver is one that starts
 no kernel, torch's CUDA operators for SyncBatchNorm return empty tensors, and messages go to torch's "fake" process
 group of 8 ranks, which sends nothing. All else is as in training: Python, dispatch, autograd, checks, allocation.
 
-    torch      torch.nn.SyncBatchNorm (benchmarks/forced.py calls its autograd function, as its layer refuses a CPU)
+    torch      torch.nn.SyncBatchNorm (forced.py calls its autograd function, as its layer refuses a CPU)
     syncbn     SyncBatchNorm with Triton's kernels       fused   the same with ReLU
 
 Times are the thread's own, of one layer of a chain; ratios are of one turn, with quartiles. Left out on either side:
@@ -16,25 +16,23 @@ ours the look at the current device and stream, some 2 us.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks import timing
-from benchmarks.forced import TorchSyncBatchNorm
-from benchmarks.timing import Step, Times
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
+from benchmarks.measure.timing import Step, Times
+from benchmarks.operator.forced import TorchSyncBatchNorm
 from syncbn import SyncBatchNorm, checks, kernels
 from syncbn.collectives import log_time
 
@@ -93,7 +91,7 @@ def gathered(output: Tensor, *_: Any, **__: Any) -> None:
 
 @contextmanager
 def no_gpu() -> Iterator[NoDriver]:
-    """Within it, work for a GPU is told to nobody."""
+    """Within it, work for a GPU is given to nobody."""
     nobody, before = NoDriver(), driver._active
     with ExitStack() as stack:
         from syncbn.kernels.triton import plan
@@ -145,7 +143,7 @@ def layer_us(step: Step) -> float:
     return (time.thread_time() - began) / LAYERS * 1e6
 
 
-def measure(seconds: float) -> tuple[Times, dict[str, int]]:
+def timed(seconds: float) -> tuple[Times, dict[str, int]]:
     """us of a layer of each contestant, turn by turn; kernels of a layer that Triton's driver was to start."""
     from syncbn.kernels import triton as ours
 
@@ -166,38 +164,14 @@ def measure(seconds: float) -> tuple[Times, dict[str, int]]:
         return timing.turns(steps, seconds, layer_us), launches
 
 
-def table(times: Times, launches: dict[str, int]) -> str:
-    lines = [f"{'':<10}{'us a layer':>12} {'quartiles':>16}{'of torch':>10} {'quartiles':>14}{'launches':>10}"]
-    for name, us in times.items():
-        low, middle, high = timing.quartiles(us)
-        ratio_low, ratio, ratio_high = timing.ratios(times, name, "torch")
-        lines.append(
-            f"{name:<10}{middle:12.1f} ({low:6.1f} {high:7.1f}){ratio:10.2f} ({ratio_low:5.2f} {ratio_high:6.2f})"
-            f"{launches[name] or '-':>10}"
-        )
-    return "\n".join(lines)
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="time for the turns")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    options = parser.parse_args(given)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     torch.set_num_threads(1)
-    before = timing.stolen()
-    times, launches = measure(options.seconds)
-    machine = f"{timing.machine()}, Triton {triton.__version__}"
-    print(f"{machine}\n{SHAPE}, bf16, channels_last, {RANKS} ranks, n = {len(times['torch'])} turns of {LAYERS} layers")
-    print(table(times, launches))
-    ratio = timing.ratios(times, "syncbn", "torch")[1]
-    print(f"wanted: syncbn at most {WANTED} of torch; found: {ratio:.2f}. steal meanwhile: {timing.stolen(before):.0%}")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "us": times, "launches": launches}) + "\n")
-
-
-if __name__ == "__main__":
-    # Or what is measured is the system's work for each tensor, which torch's allocator for GPUs spares
-    timing.restart_with(
-        {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}, "benchmarks.host"
-    )
-    main()
+    times, launches = timed(options.seconds)
+    for name, figures in timing.compared(times, "torch", "us a layer"):
+        wanted = WANTED if name == "syncbn" else None
+        title = f"{SHAPE}, bf16, channels_last, {RANKS} ranks, turns of {LAYERS} layers"
+        yield Result(title, {"contestant": name}, {**figures, "wanted": wanted, "launches": launches[name]})

@@ -1,7 +1,7 @@
 """What the trainer costs: images/s of its loop against a bare DDP loop with the same model and batch.
 
-    torchrun --nproc-per-node 2 -m benchmarks.trainer
-    torchrun --nproc-per-node 2 -m benchmarks.trainer --default-job
+    torchrun --nproc-per-node 2 -m benchmarks trainer
+    torchrun --nproc-per-node 2 -m benchmarks trainer --default-job
 
 The loops take turns in the same processes, a few steps at a time, so that a slow minute of the machine meets all of
 them; a turn of one is compared with the same turn of the first.
@@ -16,14 +16,9 @@ them; a turn of one is compared with the same turn of the first.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +26,8 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
 from syncbn.trainer import environment, models, world
 from syncbn.trainer.config import Config, typed
 from syncbn.trainer.rank.assemble import assemble
@@ -126,21 +123,20 @@ def fake_images(name: str, options: argparse.Namespace) -> Config:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per rank")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=15, help="turns of each loop")
-    parser.add_argument("--json", type=Path, help="append a JSON line for each loop")
     parser.add_argument("--compile", action="store_true", help="torch.compile in the trainer's loops, and NCHW")
     parser.add_argument("--default-job", action="store_true", help="the data and model of `python train.py`")
     parser.add_argument("--default-scheduler", action="store_true", help="leave out environment.schedule_as_batch")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     if options.default_scheduler:
         environment.schedule_as_batch = lambda: None
-
     config = default_job if options.default_job else fake_images
     ranks = world.join(config("sync", options).launch, world.meet())
     loops = {} if options.default_job else {"bare": bare_loop(config("local", options), ranks)}
@@ -151,30 +147,8 @@ def main() -> None:
             speed = run(options.steps if turn >= 0 else 40)
             if turn >= 0:
                 speeds[name].append(speed)
-    if ranks.rank == 0:
-        report(speeds, options, ranks)
+    job = f"{options.model}, {options.batch} images a rank, {options.precision}, channels_last"
+    title = f"{'the default job' if options.default_job else job}; turns of {options.steps} steps"
+    for name, figures in timing.compared(speeds, next(iter(speeds)), "images/s"):
+        yield Result(title, {"ranks": ranks.size, "loop": name}, figures)
     world.leave()
-
-
-def report(speeds: dict[str, list[float]], options: argparse.Namespace, ranks: World) -> None:
-    job = f"{options.model}, {ranks.size} ranks × {options.batch} images, {options.precision}, channels_last"
-    print(
-        f"{'the default job' if options.default_job else job}; "
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{options.turns} turns of {options.steps} steps"
-    )
-    first, of_first = next(iter(speeds.items()))
-    print(f"{'loop':<6} {'images/s':>9} {'quartiles':>15} {f'of {first}, turn by turn: median (quartiles)':>44}")
-    for name, values in speeds.items():
-        ratios = [mine / other for mine, other in zip(values, of_first, strict=True)]
-        low, middle, high = statistics.quantiles(values, n=4)
-        r_low, r_middle, r_high = statistics.quantiles(ratios, n=4)
-        print(f"{name:<6} {middle:9.0f} {low:7.0f} {high:7.0f} {r_middle:29.3f} ({r_low:.3f} {r_high:.3f})")
-        if options.json:
-            line = {"loop": name, "images_per_s": values, **{k: str(v) for k, v in vars(options).items()}}
-            with options.json.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-if __name__ == "__main__":
-    main()

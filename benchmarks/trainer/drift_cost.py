@@ -1,6 +1,6 @@
 """What a DriftMonitor costs: the share of a training step that is spent in it, its reading at log steps included.
 
-    torchrun --nproc-per-node 2 -m benchmarks.drift_cost [--model resnet20 --size 32 --images 8]
+    torchrun --nproc-per-node 2 -m benchmarks drift_cost [--model resnet20 --size 32 --images 8]
 
 A turn is the steps from one reading to the next, with SGD and DDP; the seconds within the monitor's own functions are
 divided by the others of the same turn, so that a slow minute of the machine is in both. `--device cuda` compares whole
@@ -8,11 +8,9 @@ turns with and without a monitor instead, by the GPU's clock. One rank does as w
 """
 
 import argparse
-import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +19,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from benchmarks.timing import Step, gpu_clock, machine, quartiles, ratios, turns
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result, Spread, spread
+from benchmarks.measure.timing import Step
 from syncbn.drift.observer import Observer
 from syncbn.trainer import models
 from syncbn.trainer.environment import schedule_as_batch
@@ -77,29 +77,29 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def shares(turn: Step, clock: Clock, count: int) -> tuple[list[float], list[float]]:
-    """Quartiles over turns of the seconds in the monitor over the others, and of the others themselves."""
-    found, rest = [], []
+def shares(turn: Step, clock: Clock, count: int) -> tuple[Spread, Spread]:
+    """Over turns: the seconds in the monitor over the others, and the others themselves."""
+    inside, rest = [], []
     for n in range(-2, count):
         clock.spent_s, start = 0.0, time.perf_counter()
         turn()
         others = time.perf_counter() - start - clock.spent_s
         if n >= 0:
-            found.append(clock.spent_s / others)
+            inside.append(clock.spent_s / others)
             rest.append(others)
-    return quartiles(found), quartiles(rest)
+    return spread(inside), spread(rest)
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--images", type=int, default=8, help="a rank")
     parser.add_argument("--steps", type=int, default=10, help="of a turn, from reading to reading")
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    options = parser.parse_args(given)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     on_gpu = options.device == "cuda"
@@ -109,42 +109,23 @@ def main(given: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
         schedule_as_batch()
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    lines, found = _on_gpu(options) if on_gpu else _on_cpu(options)
-    if dist.get_rank() == 0:
-        told = f"{options.images} images of {options.size}², {options.turns} turns of {options.steps} steps"
-        told = f"{options.model}, {dist.get_world_size()} ranks × {told}"
-        print(machine(options.device), told, *lines, sep="\n")
-        if options.json is not None:
-            options.json.write_text(json.dumps({"machine": machine(options.device), "told": told, **found}) + "\n")
+    title = f"{options.model}, {options.images} images of {options.size}² a rank, turns of {options.steps} steps"
+    for level, figures in (_on_gpu if on_gpu else _on_cpu)(options):
+        yield Result(title, {"ranks": dist.get_world_size(), "level": level}, figures)
     dist.destroy_process_group()
 
 
-def _on_cpu(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    clock, lines, found = Clock(), [], {}
+def _on_cpu(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    clock = Clock()
     for owner, name in OWN:
         clock.watch(owner, name)
     for level in LEVELS[1:]:
         share, rest = shares(contestant(level, options), clock, options.turns)
-        found[level] = share
-        step_ms = 1e3 * rest[1] / options.steps
-        lines.append(
-            f"{level:<6} {share[1]:.2%} ({share[0]:.2%} {share[2]:.2%}) of a step of {step_ms:.1f} ms without it"
-        )
-    return lines, {"shares": found}
+        yield level, {"share of a step": share, "ms of a step without": 1e3 * rest.median / options.steps}
 
 
-def _on_gpu(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+def _on_gpu(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     # The same number of turns on every rank
     steps = {level: contestant(level, options) for level in LEVELS}
-    times = turns(steps, 0, gpu_clock(1, queued=False), options.turns)
-    lines = []
-    for level in LEVELS:
-        ratio, ms = ratios(times, level, "off"), quartiles(times[level])[1] / options.steps
-        lines.append(
-            f"{level:<6} {ms:8.2f} ms a step   of off, turn by turn: {ratio[1]:.3f} ({ratio[0]:.3f} {ratio[2]:.3f})"
-        )
-    return lines, {"ratios": {level: ratios(times, level, "off") for level in LEVELS}}
-
-
-if __name__ == "__main__":
-    main()
+    times = timing.turns(steps, 0, timing.gpu_clock(1, queued=False), options.turns)
+    yield from timing.compared(times, "off", "ms of a turn")

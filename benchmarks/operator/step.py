@@ -1,9 +1,9 @@
 """What a training step of ResNet-50 costs on a GPU with batch norm of each kind, bf16 and channels_last.
 
-    python -m benchmarks.step [--json FILE]
-    python -m benchmarks.step --device cpu --model resnet18 --images 2 --size 64 --seconds 1
+    python -m benchmarks step [--json FILE]
+    python -m benchmarks step --device cpu --model resnet18 --images 2 --size 64 --seconds 1
 
-    local   nn.BatchNorm2d          torch   torch.nn.SyncBatchNorm, made to send though alone: benchmarks/forced.py
+    local   nn.BatchNorm2d          torch   torch.nn.SyncBatchNorm, made to send though alone: forced.py
     syncbn  syncbn.convert(model)   fused   syncbn.convert(model, fuse=True); both made to send, too
 
 each eager; "graph" is the whole step, SGD included, replayed from a CUDA graph, "compile" is
@@ -14,22 +14,19 @@ local's eager step. On a CPU, one thread.
 
     memory      the most that is allocated in a step, with the model and its optimiser, MiB; of a graph, in its capture
     kernels     kernels, copies and fills that the GPU runs in a step
-    waits       of the host for the GPU in a step, told by torch.cuda.set_sync_debug_mode("warn"); wanted of ours: 0
+    waits       of the host for the GPU in a step, by torch.cuda.set_sync_debug_mode("warn"); wanted of ours: 0
     messages    collectives that a step hands to its process group; a graph replays those that were captured
     cosine      between the first gradient, in float32 and not compiled, and that with local
 
-Before them what one layer costs, by itself, is timed, and printed last: `benchmarks.layers`. FILE holds all of it as
-one JSON object, of which "step_ms", images to ms of local's step, is what `python -m benchmarks.scale --kernels FILE`
-reads.
+Before them what one layer costs, by itself: layers.py. Of FILE `python -m benchmarks scale --kernels FILE` reads the
+steps of local.
 """
 
 import argparse
 import gc
-import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +36,10 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from torch.nn import functional as F
 
 import syncbn
-from benchmarks import forced, layers, timing
-from benchmarks.timing import Step, Times
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
+from benchmarks.measure.timing import Step, Times
+from benchmarks.operator import forced, layers
 
 Convert = Callable[[nn.Module], nn.Module]
 NORMS: dict[str, Convert] = {"local": lambda model: model, "torch": forced.to_torch, "syncbn": syncbn.convert}
@@ -185,7 +184,7 @@ def host_waits(step: Step) -> int:
     return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def measure(options: argparse.Namespace, images: int) -> tuple[Times, dict[str, Figures]]:
+def timed(options: argparse.Namespace, images: int) -> tuple[Times, dict[str, Figures]]:
     """ms of a step of each contestant, turn by turn, and what was counted in one."""
     torch.compiler.reset()
     built: dict[str, Built] = {}
@@ -203,107 +202,48 @@ def measure(options: argparse.Namespace, images: int) -> tuple[Times, dict[str, 
     return times, {name: count(one, on_gpu) for name, one in built.items()}
 
 
-def table(images: int, times: Times, counted: dict[str, Figures]) -> str:
-    lines = [
-        f"{f'{images} images':<16}{'ms':>9} {'quartiles':>17}{'images/s':>10}{'of local':>10} {'quartiles':>13}"
-        f"{'memory':>8}{'kernels':>9}{'waits':>7}{'messages':>10}{'cosine':>8}"
-    ]
-    for name, ms in times.items():
-        low, middle, high = timing.quartiles(ms)
-        ratio_low, ratio, ratio_high = timing.ratios(times, name, "local")
-        memory, kernels, waits, messages, gradient = counted[name]
-        lines.append(
-            f"{name:<16}{middle:9.2f} ({low:7.2f} {high:7.2f}){1e3 * images / middle:10.0f}"
-            f"{ratio:10.3f} ({ratio_low:.3f} {ratio_high:.3f}){'-' if memory is None else round(memory)!s:>8}"
-            f"{shown(kernels):>9}{shown(waits):>7}{messages:10}{cosine(gradient, counted['local'].gradient):8.4f}"
-        )
-    return "\n".join(lines)
+def rows(images: int, times: Times, counted: dict[str, Figures]) -> Iterator[Result]:
+    for name, figures in timing.compared(times, "local"):
+        counts = counted[name]._asdict()
+        own = {"images/s": 1e3 * images / figures["ms"].median, "torch over it": None}
+        if "torch" in times:
+            own["torch over it"] = timing.ratio(times, "torch", name)
+        own["cosine"] = cosine(counts.pop("gradient"), counted["local"].gradient)
+        wanted = WANTED_AT_32.get(name) if images == 32 else None
+        yield Result("step", {"images": images, "contestant": name}, {**figures, **own, **counts, "wanted": wanted})
 
 
-def shown(count: int | None) -> str:
-    return "-" if count is None else str(count)
+WANTED_AT_32: dict[str, str] = dict.fromkeys(("syncbn graph", "fused graph"), "of local at most 1.03")
+WANTED_AT_32 |= {"syncbn": "torch over it at least 1.15, less memory"}
+WANTED_AT_32 |= {"fused": "of local at most 1.03, torch over it at least 1.15, less memory"}
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-def verdicts(times: Times, counted: dict[str, Figures]) -> str:
-    """What is wanted at 32 images, and what was found."""
-    lines = []
-    for name in times:
-        if name in ("fused", "syncbn graph", "fused graph"):
-            of = f"{timing.ratios(times, name, 'local')[1]:.3f}"
-            lines.append(f"wanted: fusion or graph at most 1.03 of local's step; {name}: {of}")
-        if name in ("syncbn", "fused") and "torch" in times:
-            lines.append(
-                f"wanted: torch at least 1.15 of ours; of {name}: {timing.ratios(times, 'torch', name)[1]:.2f}"
-            )
-            ours, theirs = counted[name].memory_mib, counted["torch"].memory_mib
-            if ours and theirs:
-                lines.append(f"wanted: memory below torch's, {theirs:.0f} MiB; {name}: {ours:.0f} MiB")
-    return "\n".join(lines)
-
-
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", default="resnet50", help="of torchvision")
-    parser.add_argument("--images", type=int, nargs="+", default=[2, 8, 32], help="in a batch, for a table each")
+    parser.add_argument("--images", type=int, nargs="+", default=[2, 8, 32], help="in a batch, each by itself")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
-    parser.add_argument("--seconds", type=float, default=8, help="time for each table's turns")
-    parser.add_argument(
-        "--compile", type=int, nargs="*", default=None, help="numbers of images to compile for; GPU: 32"
-    )
+    parser.add_argument("--seconds", type=float, default=8, help="time for the turns of each number of images")
+    parser.add_argument("--compile", type=int, nargs="*", help="numbers of images to compile for; GPU: 32")
     parser.add_argument("--layer-images", type=int, default=8, help="of the tables of layers")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every table")
-    options = parser.parse_args(given)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU: give --device cpu, and a small model and size")
-    if options.compile is None:
-        options.compile = [32] if options.device == "cuda" else []
-    return options
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    options = arguments(given)
+def measure(options: argparse.Namespace) -> Iterator[Result]:
+    on_gpu = options.device == "cuda"
     torch.backends.cudnn.benchmark = True
-    if options.device == "cpu":
+    if options.compile is None:
+        options.compile = [32] if on_gpu else []
+    if not on_gpu:
         torch.set_num_threads(1)
-    before = timing.stolen()
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    found: dict[str, Any] = {"step_ms": {}, "machine": timing.machine(options.device), "options": told, "steps": {}}
-    print(f"{found['machine']}\n{options.model}, {options.size} pixels, bf16, channels_last")
-    if options.device == "cpu":
         print("torch: left out, torch.nn.SyncBatchNorm refuses CPU tensors; graph: left out, it needs a GPU")
     with forced.world_of_one(options.device):
-        if options.device == "cuda":
+        if on_gpu:
             # What cuBLAS and cuDNN keep from their first step is no contestant's memory
             build(Contestant("local"), options, options.images[0])
-        tables = layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
-        of = len(layers.shapes(options.model, options.layer_images, options.size))
-        found["layers"] = {"count": of, "images": options.layer_images, "ms_of_all": tables}
+        yield from layers.measure(options.model, options.layer_images, options.size, options.device, options.seconds)
         for images in options.images:
-            times, counted = measure(options, images)
-            print(f"\n{table(images, times, counted)}", flush=True)
-            if images == 32:
-                print(verdicts(times, counted))
-            found["step_ms"][str(images)] = timing.quartiles(times["local"])[1]
-            found["steps"][str(images)] = {name: row(times[name], counted[name], counted["local"]) for name in times}
-            keep(found, options.json)
-    print(f"\n{layers.table(tables, of, options.layer_images)}\nsteal meanwhile: {timing.stolen(before):.0%}")
-
-
-def row(ms: list[float], figures: Figures, local: Figures) -> dict[str, Any]:
-    counts = {name: value for name, value in figures._asdict().items() if name != "gradient"}
-    return {"ms": ms, **counts, "cosine": cosine(figures.gradient, local.gradient)}
-
-
-def keep(found: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.write_text(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    timing.restart_with({"KINETO_LOG_LEVEL": "99"}, "benchmarks.step")
-    main()
+            yield from rows(images, *timed(options, images))

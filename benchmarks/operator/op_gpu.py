@@ -1,8 +1,9 @@
-"""What the operator costs on a GPU, forward and backward: `python -m benchmarks.op --device cuda` prints it.
+"""What the operator costs on a GPU, forward and backward.
 
-    python -m benchmarks.op_gpu [--cases few] [--seconds 1] [--json FILE]        without the operator's tests first
+    python -m benchmarks op_gpu [--cases few] [--seconds 1]
+    python -m benchmarks op_gpu --device cpu        one small case, which tells no time of interest
 
-    cudnn    F.batch_norm           torch   torch.nn.SyncBatchNorm, made to send though alone: benchmarks/forced.py
+    cudnn    F.batch_norm           torch   torch.nn.SyncBatchNorm, made to send though alone: forced.py
     native   syncbn, made to send, with torch's kernels (kernels/native.py)       syncbn   the same, with Triton's
 
 in three chains, with ReLU and addition in place, of their own but for native's and syncbn's, which are the layer's.
@@ -15,14 +16,12 @@ BN+add+ReLU makes 11 as built.
 
 Before a case is timed every contestant is compared with float64 batch norm on its very tensors, in 8 of the channels:
 the greatest error of y and of every gradient, as the norm of the difference over the norm, in which a sign that
-rounding turns at the relu counts in full. What is far off is WRONG, and op.py ends with an error.
+rounding turns at the relu counts in full. What is far off is WRONG, and the exit code is 1.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -30,8 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import forced, timing
-from benchmarks.timing import Step, Times
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
+from benchmarks.measure.timing import Step
+from benchmarks.operator import forced
 from syncbn import SyncBatchNorm, kernels, reference
 from syncbn.kernels import native
 
@@ -51,10 +52,10 @@ for other in (torch.float32, "NHWC"), (torch.bfloat16, "NCHW"), (torch.float32, 
     CASES += [(shape, *other) for shape in FEW]
 
 Case = tuple[tuple[int, ...], torch.dtype, str]
-# Those that the table of RESULTS.md asks for
+# Of the table of RESULTS.md
 WANTED_CASES = [case for case in CASES if case[0] == (256, 64, 112, 112) and case[1:] != (torch.float32, "NCHW")]
 WANTED_CASES += [(shape, torch.bfloat16, "NHWC") for shape in ((256, 1024, 14, 14), (32, 256, 56, 56))]
-IN_SMALL: list[Case] = [((2, 16, 5, 4), torch.float32, "NHWC")]
+SMALL: Case = ((2, 16, 5, 4), torch.float32, "NHWC")
 
 
 class Inputs(NamedTuple):
@@ -148,91 +149,61 @@ def errors(steps: dict[str, Step], given: Inputs, kind: str) -> dict[str, float]
     y = y if exact.residual is None else y + exact.residual
     y = y.relu() if "ReLU" in kind else y
     want = [y.detach(), *torch.autograd.grad(y, exact.wanted, exact.dy)]
-    found = {}
+    greatest = {}
     for name, step in steps.items():
         pairs = zip(map(slice_of, step()), want, strict=True)
-        found[name] = max(((got - right).norm() / right.norm()).item() for got, right in pairs)
-    return found
+        greatest[name] = max(((got - right).norm() / right.norm()).item() for got, right in pairs)
+    return greatest
 
 
-def report(seconds: float, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
-    """measure, beside the bandwidth of a copy."""
-    with forced.world_of_one("cuda"):
-        low, middle, high = timing.copy_gb_per_s()
-        print(f"a copy of 1 GiB reads and writes {middle:.0f} GB/s together (quartiles {low:.0f} {high:.0f})\n")
-        return measure(cases, seconds, copy=middle)
-
-
-def measure(
-    cases: Sequence[Case] = CASES, seconds: float = 1.0, device: str = "cuda", copy: float | None = None
-) -> list[dict[str, Any]]:
-    """A row for each case and chain, printed as it comes; copy in GB/s, or None for no share of it."""
-    clock = timing.gpu_clock(5, queued=True) if device == "cuda" else timing.host_ms
-    print(HEAD)
-    rows = []
-    for case in cases:
-        for kind in FLOORS:
-            given = inputs(case, kind, device)
-            steps = contestants(given, kind, device)
-            error = errors(steps, given, kind)
-            wrong = [name for name in steps if not error[name] <= MOST_ERROR[case[1]]]
-            times = timing.turns(steps, seconds, clock)
-            mark = f"  WRONG: {', '.join(wrong)}" if wrong else ""
-            print(line(case, kind, times, error, copy) + mark, flush=True)
-            shape, dtype, layout = case
-            row = {"table": "gpu", "shape": shape, "dtype": str(dtype), "layout": layout, "chain": kind}
-            rows.append({**row, "ms": times, "errors": error, "wrong": wrong, "copy_gb_per_s": copy})
-    return rows
-
-
-NAMES = ("cudnn", "torch", "native", "syncbn")
-HEAD = (
-    f"{'shape':<22}{'':>14}{'MB':>7} {'chain':<12}"
-    + "".join(f"{name:>9}" for name in NAMES)
-    + f" ms{'quartiles':>18}{'of copy':>9}{'wanted':>7}{'torch/syncbn':>14}{'quartiles':>15}{'wanted':>7}"
-    + f"{'error':>9}{'others':>9}"
-)
-
-
-def line(case: Case, kind: str, times: Times, error: dict[str, float], copy: float | None) -> str:
+def rows(case: Case, chain: str, seconds: float, device: str, copy: float | None) -> Iterator[Result]:
+    """A row of each contestant; copy in GB/s, or None for no share of it."""
     shape, dtype, layout = case
+    given = inputs(case, chain, device)
+    steps = contestants(given, chain, device)
+    error = errors(steps, given, chain)
+    clock = timing.gpu_clock(5, queued=True) if device == "cuda" else timing.host_ms
+    times = timing.turns(steps, seconds, clock)
     size_mb = torch.Size(shape).numel() * dtype.itemsize / 1e6
-    middles = {name: timing.quartiles(ms)[1] for name, ms in times.items()}
-    low, ours, high = timing.quartiles(times["syncbn"])
-    text = f"{shape!s:<22}{layout:>5} {str(dtype).removeprefix('torch.'):>8}{size_mb:7.1f} {kind:<12}"
-    text += "".join(f"{middles[name]:9.3f}" if name in middles else f"{'-':>9}" for name in NAMES)
-    text += f"    ({low:7.3f} {high:7.3f})"
-    share = "-" if copy is None else f"{FLOORS[kind] * size_mb / ours / copy:.2f}"
-    text += f"{share:>9}{WANTED_OF_COPY if size_mb > LARGE_MB else '-':>7}"
-    if "torch" in times:
-        low, middle, high = timing.ratios(times, "torch", "syncbn")
-        text += f"{middle:14.2f} ({low:5.2f} {high:6.2f})"
-    else:
-        text += f"{'-':>14}{'':15}"
-    others = max(value for name, value in error.items() if name != "syncbn")
-    return text + f"{WANTED_OF_TORCH.get(kind, '-'):>7}{error['syncbn']:9.1e}{others:9.1e}"
+    tensor = {"shape": shape, "layout": layout, "dtype": str(dtype).removeprefix("torch."), "MB": size_mb}
+    for name, figures in timing.compared(times, "syncbn"):
+        share = None if copy is None else FLOORS[chain] * size_mb / figures["ms"].median / copy
+        more = {"of copy": share, "wanted": wanted(name, chain, size_mb), "error": error[name]}
+        right = "yes" if error[name] <= MOST_ERROR[dtype] else "WRONG"
+        yield Result("operator", {**tensor, "chain": chain, "contestant": name}, {**figures, **more, "right": right})
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: one small case")
+def wanted(name: str, chain: str, size_mb: float) -> str | None:
+    if name == "syncbn" and size_mb > LARGE_MB:
+        return f"of copy at least {WANTED_OF_COPY}"
+    if name == "torch" and chain in WANTED_OF_TORCH:
+        return f"of syncbn at least {WANTED_OF_TORCH[chain]}"
+    return None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--cases", choices=("all", "few"), default="all", help="few: those of RESULTS.md's table")
-    parser.add_argument("--seconds", type=float, default=1, help="time for each row")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    options = parser.parse_args(given)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU")
-    machine = timing.machine(options.device)
-    print(machine)
+    parser.add_argument("--seconds", type=float, default=1, help="time for each case and chain")
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     if options.device == "cpu":
-        rows = measure(IN_SMALL, options.seconds, "cpu")
-    else:
-        rows = report(options.seconds, CASES if options.cases == "all" else WANTED_CASES)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}) + "\n")
-    if any(row["wrong"] for row in rows):
+        yield from checked(row for chain in FLOORS for row in rows(SMALL, chain, options.seconds, "cpu", None))
+        return
+    cases = CASES if options.cases == "all" else WANTED_CASES
+    with forced.world_of_one("cuda"):
+        copy = timing.copy_gb_per_s()
+        yield Result("a copy of 1 GiB", {}, {"GB/s, read and written together": copy})
+        every = ((case, chain) for case in cases for chain in FLOORS)
+        yield from checked(row for pair in every for row in rows(*pair, options.seconds, "cuda", copy.median))
+
+
+def checked(results: Iterator[Result]) -> Iterator[Result]:
+    """The same, and at their end an error if a contestant was wrong."""
+    wrong = False
+    for result in results:
+        wrong |= result.figures["right"] == "WRONG"
+        yield result
+    if wrong:
         sys.exit("some contestants are WRONG: see above")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,15 @@
 """What the drift monitor says of CIFAR-10 on ranks with two images each: of good shards, and of five kinds of bad ones.
 
-torchrun --nproc-per-node 8 -m benchmarks.drift FOLDER [--json FILE] [--scenarios iid sorted ...]
+torchrun --nproc-per-node 8 -m benchmarks drift FOLDER [--scenarios iid sorted ...]
 
-FOLDER/train/<class>/*.jpg. Each scenario trains a ResNet-20 anew, reads the monitor every 10 steps, and prints when it
+FOLDER/train/<class>/*.jpg. Each scenario trains a ResNet-20 anew, reads the monitor every 10 steps, and tells when it
 first said what.
 """
 
 import argparse
-import json
-import os
 import random
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 
 import syncbn
+from benchmarks.measure.records import Result
 from syncbn.trainer.environment import schedule_as_batch
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.world import BROADCAST_BUFFERS
@@ -93,7 +91,7 @@ class Bias:
         self.synced.append(variance(row))
         self.rows.append(row)
 
-    def told(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """Mean over channels of the average running_var of each kind, which is unbiased for independent values."""
         local = torch.stack(self.local).mean(0)
         dist.all_reduce(local)
@@ -154,51 +152,44 @@ def train(scenario: Scenario, folder: Path, rank: int) -> tuple[list[dict[str, A
                 reading = monitor.read()
                 readings.append({"step": step, **reading._asdict()})
     step_s = (time.perf_counter() - began) / scenario.steps
-    return readings, step_s, bias.told() if bias else {}
+    return readings, step_s, bias.shares() if bias else {}
 
 
-def told(name: str, readings: list[dict[str, Any]], step_s: float) -> None:
-    print(f"\n{name}: {readings[-1]['step']} steps, {1000 * step_s:.0f} ms each")
+def verdicts(scenario: str, readings: list[dict[str, Any]], step_s: float) -> Iterator[Result]:
+    """A row for each kind of verdict, of its first and its last; one alone if there was none."""
     said: dict[str, list[tuple[int, str]]] = {}
     for reading in readings:
         for verdict in reading["verdicts"]:
             said.setdefault(verdict.kind, []).append((reading["step"], verdict.text))
-    for texts in said.values():
-        print(f"  from step {texts[0][0]:>4}  {texts[0][1]}")
-        print(f"  at step   {texts[-1][0]:>4}  {texts[-1][1]}   ({len(texts)} of {len(readings)} readings)")
-    if not said:
-        print(f"  ok at all {len(readings)} readings")
-    last = readings[-1]["layers"]
+    for kind, texts in (said or {"ok": [(readings[-1]["step"], "ok")] * len(readings)}).items():
+        (first, text), (last, last_text) = texts[0], texts[-1]
+        figures = {"from step": first, "first": text, "last at step": last, "last": last_text}
+        counts = {"readings": len(texts), "of": len(readings), "ms a step": 1e3 * step_s}
+        yield Result("verdicts", {"scenario": scenario, "kind": kind}, {**figures, **counts})
+
+
+def depths(scenario: str, readings: list[dict[str, Any]]) -> Iterator[Result]:
+    """What the last reading has of each layer, from input to output."""
+    layers = readings[-1]["layers"]
     for figure in ("f", "icc", "n_eff", "n_eff_synced", "dmean_z", "dlogvar_z", "lag", "lag_logvar"):
-        values = [figures[figure] for figures in last.values() if figure in figures]
+        values = [round(figures[figure], 2) for figures in layers.values() if figure in figures]
         if values:
-            print(f"  {figure:<12} by depth: {' '.join(f'{v:.2f}' for v in values)}")
+            yield Result("by depth, at the end", {"scenario": scenario, "figure": figure}, {"layers": values})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="CIFAR-10 as an image folder")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    arguments = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     torch.set_num_threads(1)
     schedule_as_batch()
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    found = {}
-    for name in arguments.scenarios:
-        readings, step_s, bias = train(SCENARIOS[name], arguments.folder, rank)
-        found[name] = [{**one, "verdicts": [v._asdict() for v in one["verdicts"]]} for one in readings]
-        if rank == 0:
-            told(name, readings, step_s)
-            for kind, share in bias.items():
-                print(f"  running_var of {kind} statistics at the last layer: {share:.3f} σ²")
-            sys.stdout.flush()
-    if rank == 0 and arguments.json:
-        arguments.json.write_text(json.dumps(found))
+    for name in options.scenarios:
+        readings, step_s, bias = train(SCENARIOS[name], options.folder, dist.get_rank())
+        yield from verdicts(name, readings, step_s)
+        yield from depths(name, readings)
+        for kind, share in bias.items():
+            yield Result("running_var at the last layer", {"scenario": name, "statistics": kind}, {"of σ²": share})
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()

@@ -10,15 +10,16 @@ of the network, each on a tensor of its own.
             is the slower, as nothing else is there to hide either
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torchvision
 from torch import nn
 
-from benchmarks import timing
-from benchmarks.forced import TorchSyncBatchNorm
-from benchmarks.timing import Step, Times
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
+from benchmarks.measure.timing import Step, Times
+from benchmarks.operator.forced import TorchSyncBatchNorm
 from syncbn import SyncBatchNorm
 
 Shape = tuple[int, ...]
@@ -41,14 +42,14 @@ KINDS: dict[str, Callable[[int], nn.Module]] = {
 
 def shapes(model: str, images: int, size: int) -> list[Shape]:
     """What each batch norm of a torchvision model is given, in the order of calls."""
-    found: list[Shape] = []
+    given: list[Shape] = []
     with torch.device("meta"):
         network, x = torchvision.models.get_model(model), torch.empty(images, 3, size, size)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_hook(lambda layer, inputs, y: found.append(tuple(y.shape)))
+            layer.register_forward_hook(lambda layer, inputs, y: given.append(tuple(y.shape)))
     network(x)
-    return found
+    return given
 
 
 def stack(make: Callable[[int], nn.Module], shapes: list[Shape], device: str) -> Step:
@@ -68,31 +69,24 @@ def tensor(shape: Shape, device: str) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def measure(model: str, images: int, size: int, device: str, seconds: float) -> dict[str, Times]:
-    """ms of a whole stack, by the names of the two tables."""
+def measure(model: str, images: int, size: int, device: str, seconds: float) -> Iterator[Result]:
+    """us of one layer of the stack, and the ratio to torch's: with a ReLU to those with one."""
     real = shapes(model, images, size)
     tiny = [(2, channels, 2, 2) for _, channels, *_ in real]
     kinds = {name: make for name, make in KINDS.items() if device == "cuda" or not name.startswith("torch")}
     on_gpu = timing.gpu_clock(2, queued=False) if device == "cuda" else timing.host_ms
-    tables = {"host": (tiny, timing.enqueue_ms), "layer": (real, on_gpu)}
-    return {
-        name: timing.turns({kind: stack(make, given, device) for kind, make in kinds.items()}, seconds, clock)
-        for name, (given, clock) in tables.items()
-    }
+    tables = {"host, tiny tensors": (tiny, timing.enqueue_ms), f"layer, {images} images": (real, on_gpu)}
+    for title, (given, clock) in tables.items():
+        times = timing.turns({kind: stack(make, given, device) for kind, make in kinds.items()}, seconds, clock)
+        yield from rows(title, times, len(given))
 
 
-def table(tables: dict[str, Times], count: int, images: int) -> str:
-    """Times of one of `count` layers, and their ratio to torch's: with a ReLU to those with one."""
-    lines = []
-    titles = {"host": "host, tiny tensors", "layer": f"layer, {images} images, wanted of torch: 0.60"}
-    for name, times in tables.items():
-        lines.append(f"{titles[name]:<46}{'us a layer':>12} {'quartiles':>16}{'of torch':>12} {'quartiles':>14}")
-        for kind, ms in times.items():
-            low, middle, high = (1e3 * value / count for value in timing.quartiles(ms))
-            line = f"    {kind:<42}{middle:12.1f} ({low:6.1f} {high:7.1f})"
-            theirs = "torch, ReLU" if "ReLU" in kind else "torch"
-            if theirs in times:
-                low, middle, high = timing.ratios(times, kind, theirs)
-                line += f"{middle:12.2f} ({low:5.2f} {high:6.2f})"
-            lines.append(line)
-    return "\n".join(lines)
+def rows(title: str, times: Times, layers: int) -> Iterator[Result]:
+    """Of the ms of a whole stack."""
+    us = {kind: [1e3 * ms / layers for ms in values] for kind, values in times.items()}
+    for kind, values in us.items():
+        theirs = "torch, ReLU" if "ReLU" in kind else "torch"
+        of_torch = timing.ratio(us, kind, theirs) if theirs in us else None
+        wanted = 0.6 if kind == "syncbn" else None
+        figures = {"us a layer": timing.spread(values), "of torch": of_torch, "wanted": wanted}
+        yield Result(title, {"kind": kind, "layers": layers}, figures)

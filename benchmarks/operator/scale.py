@@ -1,23 +1,21 @@
 """What synchronised batch norm costs from 2 to 16 384 GPUs: a model, not a measurement, of a ResNet-50 training step.
 
-    python -m benchmarks.scale [--kernels FILE] [--plot FILE]
-    python -m benchmarks.scale --count
+    python -m benchmarks scale [--kernels FILE] [--plot FILE]
 
     torch   torch.nn.SyncBatchNorm: forward all_gather of 2C + 1 float32 from each of W GPUs and a merge of the W rows
             on each; backward all_reduce of 2C float32
     ours    syncbn: forward all_reduce of 2C + 1 float64, backward all_reduce of 2C float64
     node    ours with group="node": a batch for each node of 8 GPUs, messages by NVLink alone
 
-Times of messages are those of `benchmarks.nccl`. Every message is on the critical path: the layer can do nothing
-before it has come. FILE of --kernels is a JSON object, images per GPU to milliseconds of a step with local batch norm,
-{"2": 4.1, "32": 23.5}, or has one under "step_ms"; without it the step is assumed. --count sends the messages of both
-forms between 2, 4 and 8 processes of this machine and counts their bytes (`benchmarks.wire`).
+Times of messages are those of nccl.py. Every message is on the critical path: the layer can do nothing before it has
+come. FILE of --kernels is what `python -m benchmarks step --json FILE` wrote, or a JSON object, images per GPU to
+milliseconds of a step with local batch norm, {"2": 4.1, "32": 23.5}; without it the step is assumed.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from benchmarks import nccl, wire
+from benchmarks.measure.records import Result
+from benchmarks.operator import nccl
 
 WORLDS = [2**power for power in range(1, 15)]
 IMAGES = (2, 8, 32)
@@ -129,17 +128,31 @@ def assumed_step_ms(images: int) -> float:
     return max(busy, kernels * ASSUMED_KERNEL_MS)
 
 
-def read_steps(file: Path) -> dict[int, float]:
-    """ms of a step by images per GPU, from --kernels' FILE."""
-    text = file.read_text()
+def read_steps(name: str) -> dict[int, float]:
+    """ms of a step by images per GPU, from --kernels' FILE. Raises ArgumentTypeError."""
     try:
-        given: Any = json.loads(text)
-        steps = {int(images): float(ms) for images, ms in given.get("step_ms", given).items()}
-    except (AttributeError, TypeError, ValueError):
+        text = Path(name).read_text()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    try:
+        steps = {int(images): float(ms) for images, ms in steps_of(text).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
         steps = {}
     if not steps or min(steps) < 1 or not all(0 < ms < float("inf") for ms in steps.values()):
-        raise ValueError(f'{file} holds {text[:80]!r}: it must be images per GPU to ms, as {{"2": 4.1, "32": 23.5}}')
+        raise argparse.ArgumentTypeError(
+            f'{name} holds {text[:80]!r}: it must be images per GPU to ms, as {{"2": 4.1, "32": 23.5}}, '
+            "or what the benchmark step has recorded"
+        )
     return steps
+
+
+def steps_of(text: str) -> dict[Any, Any]:
+    """The object itself; or of records the medians of local's steps, of which the last count."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    if lines and "benchmark" not in lines[0]:
+        return json.loads(text)
+    local = [row for row in lines if row["table"] == "step" and row["case"]["contestant"] == "local"]
+    return {row["case"]["images"]: row["figures"]["ms"]["median"] for row in local}
 
 
 def share(form: str, world: int, step_ms: float) -> float:
@@ -148,32 +161,37 @@ def share(form: str, world: int, step_ms: float) -> float:
     return messages / (messages + step_ms)
 
 
-def table(steps: dict[int, float], measured: bool) -> str:
-    """The model's figures, a line for each world."""
+TITLE = "messages of a step, and the share of the step that they are: torch, ours, node"
+
+
+def rows(steps: dict[int, float]) -> Iterator[Result]:
+    """The model's figures, a row for each world."""
+    for world in WORLDS:
+        ms = {form: messages_ms(form, world) for form in FORMS}
+        figures: dict[str, Any] = {f"{form}, ms": round(value, 2) for form, value in ms.items()}
+        figures["torch/ours"] = round(ms["torch"] / ms["ours"], 2)
+        for images, step_ms in steps.items():
+            figures[f"{images} images a GPU"] = [round(share(form, world, step_ms), 2) for form in FORMS]
+        yield Result(TITLE, {"GPUs": world}, figures)
+
+
+def assumptions(steps: dict[int, float], measured: bool) -> str:
     kind, but = ("measured", " but the step") if measured else ("assumed, not measured", "")
     each = ", ".join(f"{ms:.1f} ms at {images}" for images, ms in steps.items())
-    lines = [
+    return (
         f"ResNet-50, {len(channels())} layers, {sum(channels())} channels, nodes of {nccl.GPUS_PER_NODE} GPUs: "
-        f"a model, nothing measured on GPUs{but}",
-        f"step without messages, by images a GPU ({kind}): {each}",
-        "",
-        f"{'':6}{'messages of a step, ms':>27}{'':13}share of the step that they are: torch, ours, node",
-        f"{'GPUs':>6}{'torch':>9}{'ours':>9}{'node':>9}{'torch/ours':>13}"
-        + "".join(f"{f'{images} images a GPU':>21}" for images in steps),
-    ]
-    for world in WORLDS:
-        torchs, ours, node = (messages_ms(form, world) for form in FORMS)
-        lines.append(f"{world:6}{torchs:9.2f}{ours:9.2f}{node:9.2f}{torchs / ours:13.2f}")
-        for step_ms in steps.values():
-            lines[-1] += f"{'':3}" + "".join(f"{share(form, world, step_ms):6.0%}" for form in FORMS)
+        f"a model, nothing measured on GPUs{but}\n"
+        f"step without messages, by images a GPU ({kind}): {each}"
+    )
+
+
+def conclusion() -> str:
     first, node = crossover(), nccl.GPUS_PER_NODE
     lost = messages_ms("ours", node) - messages_ms("torch", node)
-    lines += [
-        "",
+    return (
         f"ours is faster than torch's form from {first} GPUs ({nccl.nodes_of(first)} nodes) on; "
-        f"below, torch's is: by {lost:.2f} ms a step on {node}",
-    ]
-    return "\n".join(lines)
+        f"below, torch's is: by {lost:.2f} ms a step on {node}"
+    )
 
 
 LOOK = {
@@ -230,27 +248,15 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kernels", type=Path, metavar="FILE", help="JSON: images per GPU to ms of a step without messages"
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", type=read_steps, metavar="FILE", help="measured steps without messages")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well, as .svg or .png")
-    parser.add_argument("--count", action="store_true", help="count bytes between processes instead")
-    options = parser.parse_args(arguments)
-    if options.count:
-        print(wire.table(channels()))
-        return
-    try:
-        steps = (
-            read_steps(options.kernels) if options.kernels else {images: assumed_step_ms(images) for images in IMAGES}
-        )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(table(steps, measured=bool(options.kernels)))
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
+    steps = options.kernels or {images: assumed_step_ms(images) for images in IMAGES}
+    print(f"\n{assumptions(steps, bool(options.kernels))}")
+    yield from rows(steps)
+    print(f"\n{conclusion()}")
     if options.plot:
         plot(steps, bool(options.kernels), options.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
-from benchmarks.timing import Step
+from benchmarks.measure.timing import Step
 from syncbn import collectives
 from syncbn.collectives import process_groups
 

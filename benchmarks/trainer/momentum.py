@@ -1,18 +1,20 @@
 """What norm.momentum=auto gains: one training, evaluated by two running averages and by exact statistics.
 
-    python -m benchmarks.momentum 2 4        images of a norm batch, one rank, digits, resnet8, two epochs, three seeds
+    python -m benchmarks momentum 2 4        images of a norm batch, one rank, digits, resnet8, two epochs, three seeds
 
 Momentum has no part in training, so both averages see the same one: the second is made of the steps of the first.
 """
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
+from benchmarks.measure.records import Result
 from syncbn.trainer import norms
 from syncbn.trainer.config import typed
 from syncbn.trainer.rank.assemble import assemble
@@ -24,8 +26,8 @@ from syncbn.trainer.world import World
 EPOCHS, SEEDS, OWN = 2, 3, 0.1
 
 
-def measure(batch: int, seed: int) -> None:
-    """Train, and print at each half epoch accuracy and loss by momentum 0.1, by auto, and recalibrated."""
+def train(batch: int, seed: int) -> Iterator[Result]:
+    """At each half epoch accuracy and loss by momentum 0.1, by auto, and by exact statistics."""
     config = typed({"seed": seed, "data": {"batch_per_rank": batch}, "train": {"epochs": EPOCHS}})
     world = World(0, 1, torch.device("cpu"))
     parts = build(config, world)
@@ -43,18 +45,17 @@ def measure(batch: int, seed: int) -> None:
         for mine, before, now in zip(other, old, buffers, strict=True):
             mine.lerp_((now - (1 - OWN) * before) / OWN, auto)  # what this batch's statistics were
         if step % half == 0:
-            found = evaluate_all(net, parts.task, parts.data, config.train, world, recalibrate=64)
+            metrics = evaluate_all(net, parts.task, parts.data, config.train, world, recalibrate=64)
             kept = [b.clone() for b in buffers]
             copy_all(other, buffers)
             averaged = evaluate(net, parts.task, parts.data.eval, config.train, world)
             copy_all(kept, buffers)
             net.train()
-            told = [(found, "eval/"), (averaged, "eval/"), (found, "eval/recalibrated_")]
-            cells = [f"{100 * f[p + 'accuracy']:.2f} % {f[p + 'loss']:.4f}" for f, p in told]
-            print(
-                f"batch {batch} seed {seed} step {step}: 0.1 {cells[0]} | auto {cells[1]} | exact {cells[2]}",
-                flush=True,
-            )
+            rows = {"0.1": (metrics, "eval/"), "auto": (averaged, "eval/"), "exact": (metrics, "eval/recalibrated_")}
+            for by, (values, prefix) in rows.items():
+                case = {"images": batch, "seed": seed, "step": step, "statistics": by}
+                figures = {"accuracy, %": 100 * values[prefix + "accuracy"], "loss": values[prefix + "loss"]}
+                yield Result("one training", case, figures)
 
 
 def copy_all(values: list[torch.Tensor], into: list[torch.Tensor]) -> None:
@@ -62,9 +63,15 @@ def copy_all(values: list[torch.Tensor], into: list[torch.Tensor]) -> None:
         place.copy_(value)
 
 
-if __name__ == "__main__":
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=int, nargs="+", help="of a norm batch")
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=FileStore(f"{tempfile.mkdtemp()}/store", 1), rank=0, world_size=1)
-    for images in map(int, sys.argv[1:]):
-        for seed in range(SEEDS):
-            measure(images, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", store=FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        for images in options.images:
+            for seed in range(SEEDS):
+                yield from train(images, seed)
+        dist.destroy_process_group()

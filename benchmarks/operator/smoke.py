@@ -1,7 +1,7 @@
 """Whether the GPU's kernels run at all, and what share of a copy's bandwidth each pass reaches: fails within seconds.
 
-    python -m benchmarks.smoke [--json FILE]
-    python -m benchmarks.smoke --device cpu        the same in small, in Triton's interpreter, without times
+    python -m benchmarks smoke
+    python -m benchmarks smoke --device cpu        the same in small, in Triton's interpreter, without times
 
 First what has failed before on a GPU, or would have: which kernels are chosen, a layer's forward and backward against
 F.batch_norm, the eager kernels on CUDA, masked moments of one element, moments of images, float64 by torch's own
@@ -15,16 +15,16 @@ divide, so that a program reads 2 or 4 bytes at a time; and a tiny one: what eac
 """
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks import timing
+from benchmarks.measure import timing
+from benchmarks.measure.records import Result
 from syncbn import SyncBatchNorm, kernels
 from syncbn.kernels import Affine, Running, eager, native, unpacked
 
@@ -143,53 +143,37 @@ def passes(shape: Shape, device: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def row(shape: Shape, copy_gb_per_s: float, clock: timing.Clock) -> dict[str, Any]:
+def rows(shape: Shape, copy_gb_per_s: float, clock: timing.Clock) -> Iterator[Result]:
+    """us of each pass, the least of three times, and its share of a copy's bandwidth."""
     size, layout, dtype = shape
-    mb, us = torch.Size(size).numel() * dtype.itemsize / 1e6, {}
+    mb = torch.Size(size).numel() * dtype.itemsize / 1e6
+    tensor = {"shape": size, "layout": layout, "dtype": str(dtype)[6:], "MB": mb, "narrow": shape in NARROW}
     for name, run in passes(shape, "cuda").items():
         run()
-        us[name] = 1e3 * min(clock(run) for _ in range(3))
-    share = {name: count * mb / (1e-3 * us[name]) / copy_gb_per_s for name, count in PASSES.items()}
-    return {"shape": size, "layout": layout, "dtype": str(dtype)[6:], "mb": mb, "us": us, "of_copy": share}
+        us = 1e3 * min(clock(run) for _ in range(3))
+        share = PASSES[name] * mb / (1e-3 * us) / copy_gb_per_s
+        yield Result("passes", {**tensor, "pass": name}, {"us, least of 3": us, "of copy": share})
 
 
-def line(found: dict[str, Any]) -> str:
-    figures = "".join(f"{found['us'][name]:9.1f} {found['of_copy'][name]:5.2f}" for name in PASSES)
-    return f"{found['shape']!s:<22}{found['layout']:>5}{found['dtype']:>9}{found['mb']:8.1f}{figures}"
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    options = parser.parse_args(given)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Result]:
     on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("there is no GPU: --device cpu runs the kernels in small, in Triton's interpreter")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("without a GPU Triton's kernels run in its interpreter: set TRITON_INTERPRET=1")
+        sys.exit("without a GPU Triton's kernels run in its interpreter: set TRITON_INTERPRET=1")
     chosen: str = vars(kernels.choose(torch.zeros(1, device=options.device)))["__name__"]
-    found: dict[str, Any] = {"machine": timing.machine(options.device), "kernels": chosen, "checks": {}, "rows": []}
-    print(f"{found['machine']}\nkernels: {chosen}")
+    print(f"kernels: {chosen}")
     assert not on_gpu or chosen.endswith("triton"), "Triton's kernels are not chosen: the warning above says why"
     for name, check in CHECKS.items():
-        found["checks"][name] = check(options.device)
-        print(f"{name}: {found['checks'][name]}", flush=True)
+        yield Result("checks", {"check": name}, {"outcome": check(options.device)})
     if on_gpu:
-        copy, clock = timing.copy_gb_per_s()[1], timing.gpu_clock(10, queued=True)
-        found["copy_gb_per_s"] = copy
-        print(f"a copy reads and writes {copy:.0f} GB/s together; us of a pass, and share of copy")
-        print(f"{'':<22}{'':>5}{'':>9}{'MB':>8}" + "".join(f"{name:>15}" for name in PASSES))
+        copy, clock = timing.copy_gb_per_s(), timing.gpu_clock(10, queued=True)
+        yield Result("a copy of 1 GiB", {}, {"GB/s, read and written together": copy})
         for shape in [*SHAPES, *NARROW, TINY]:
-            found["rows"].append({**row(shape, copy, clock), "narrow": shape in NARROW})
-            print(line(found["rows"][-1]), flush=True)
+            yield from rows(shape, copy.median, clock)
     else:
         for run in passes(((2, 16, 6, 6), "NHWC", torch.float32), "cpu").values():
             run()
-        print("every pass runs")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        yield Result("checks", {"check": "every pass"}, {"outcome": "runs"})

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import kill
-from benchmarks.soak import Soak, differences, temporary
+from tests.launch.soak.blows import kill
+from tests.launch.soak.run import Soak, differences, temporary
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +67,6 @@ def test_the_comparison_sees_a_bit(soak):
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"train/loss": 2.', '"train/loss": 3.', 1))
     (other / "checkpoints" / "step_000000099.pt.tmp").touch()
-    found = differences(soak.whole, other)
+    parts = differences(soak.whole, other)
     shutil.rmtree(other)
-    assert found == ["metrics.jsonl[0].train/loss", "files: ['checkpoints/step_000000099.pt.tmp']"]
+    assert parts == ["metrics.jsonl[0].train/loss", "files: ['checkpoints/step_000000099.pt.tmp']"]
