@@ -1,6 +1,7 @@
 """The house as CONTRIBUTING describes it, where no linter looks: small rooms, few imports, words of the matter."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 MOST_IMPORTS = 12  # of other modules of the trainer
 MOST_FILES = 12  # in a room of the trainer, besides __init__
 NO_NAMES = ("told", "found", "known", "those", "it")
+# An import, or a model named on a command line as file:function
+OF_A_TEST = re.compile(r"^\s*(?:from|import) [\w.]*\btest_|\bimport test_|\btests\.[\w.]*test_\w+:", re.M)
+OF_TESTS = re.compile(r"^\s*(?:from|import) tests\b", re.M)
+OF_BENCHMARKS = re.compile(r"^\s*(?:from|import) benchmarks\b", re.M)
 
 
 def parsed(path: Path) -> ast.AST:
@@ -59,11 +64,15 @@ def test_identifiers_are_words_of_the_matter():
     } == set()
 
 
-def test_what_several_files_use_lies_in_no_test_and_only_tests_use_tests():
-    assert {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in CODE
-        for name in imports(path)
-        if name.rpartition(".")[2].startswith("test_")
-        or (name.startswith("tests") and path.relative_to(ROOT).parts[0] != "tests")
-    } == set()
+def importing(pattern: re.Pattern[str], folder: str) -> set[str]:
+    """The files of a folder that import what the pattern says."""
+    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py") if pattern.search(path.read_text())}
+
+
+def test_no_test_file_is_imported():
+    assert importing(OF_A_TEST, "tests") | importing(OF_A_TEST, "benchmarks") == set()
+
+
+def test_benchmarks_need_no_test_and_only_their_own_tests_need_them():
+    assert importing(OF_TESTS, "benchmarks") == set()
+    assert {file for file in importing(OF_BENCHMARKS, "tests") if not file.startswith("tests/benchmarks/")} == set()
