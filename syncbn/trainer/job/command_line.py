@@ -54,16 +54,16 @@ def _option(word: str, behind: list[str]) -> str:
     name, _, value = word.lstrip("-").partition("=")
     key = name.replace("-", "_")
     value = value or (behind[0] if behind and "=" not in behind[0] else "VALUE")
-    near = key if key in KEYS else next((known for known in KEYS if known.split(".")[-1] == key), None)
+    near = key if key in KEYS else next((each for each in KEYS if each.split(".")[-1] == key), None)
     said = f"{near}={value}" if near else "KEY=VALUE (python train.py --help lists the keys)"
     raise UserError(f"{word}: keys are given without dashes: {said}")
 
 
 def _override(word: str, behind: list[str], groups: Collection[str], sweeps: bool) -> str:
-    found = WORD.fullmatch(word)
-    if found is None or not found["key"].strip():
+    parts = WORD.fullmatch(word)
+    if parts is None or not parts["key"].strip():
         raise UserError(f"{word}: give KEY=VALUE (python train.py --help lists the keys)")
-    sign, key, value = found["sign"] or "", found["key"], found["value"]
+    sign, key, value = parts["sign"] or "", parts["key"], parts["value"]
     if key.startswith(("hydra.", "hydra/")):
         return word
     name = key.partition("@")[0]
@@ -124,11 +124,11 @@ def _quoted(value: str) -> str:
 
 
 def _refuse_key(key: str, value: str) -> NoReturn:
-    for known in KEYS:
-        if key.startswith(f"{known}."):
-            whole = shlex.quote(f"{known}={{{key.removeprefix(f'{known}.')}: {value}}}")
-            raise UserError(f"{key}: {known} is one key, whose value is a mapping: {whole}")
-    if within := [known for known in KEYS if known.startswith(f"{key}.")]:
+    for each in KEYS:
+        if key.startswith(f"{each}."):
+            whole = shlex.quote(f"{each}={{{key.removeprefix(f'{each}.')}: {value}}}")
+            raise UserError(f"{key}: {each} is one key, whose value is a mapping: {whole}")
+    if within := [each for each in KEYS if each.startswith(f"{key}.")]:
         named = f"{key}.name={value}" if f"{key}.name" in within else f"{within[0]}=VALUE, say"
         raise UserError(f"{key}={value}: {key} is a section of keys: {named} ({', '.join(within)})")
     raise UserError(unknown_key(key))

@@ -71,7 +71,7 @@ def one_point(composed: DictConfig, run: Callable[[DictConfig], float]) -> float
         if _trained_since(began, composed, point):
             point.took_s = round(time.time() - began, 1)
     except BaseException as error:
-        point.exit_code, point.reason = _told(error)
+        point.exit_code, point.reason = _end_of(error)
         point.state = sweep_folder.ENDS.get(point.exit_code, "failed")
         if jobs_of_their_own:
             own = str(hydra.launcher.submitit_folder).replace("%j", str(hydra.job.id))
@@ -160,7 +160,7 @@ def _trained_since(began: float, composed: DictConfig, point: Point) -> bool:
     return result.exists() and result.stat().st_mtime >= began
 
 
-def _told(error: BaseException) -> tuple[int, str]:
+def _end_of(error: BaseException) -> tuple[int, str]:
     """The exit code and the reason of a point that ended in an error."""
     if isinstance(error, Ended) or not isinstance(error, Exception):
         return PREEMPTED, "asked to end; what it had saved is kept"

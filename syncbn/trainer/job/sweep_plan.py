@@ -41,7 +41,7 @@ def planned(config: DictConfig) -> tuple[Sweep, str]:
     composed = [_composed(config, each) for each in chosen]
     made = [Point(choices(each, swept), run=name) for each, (name, _) in zip(chosen, composed, strict=True)]
     _refuse_twice(made)
-    judged_by = [headline(tasks.build(known.task).metrics) for _, known in composed if known]
+    judged_by = [headline(tasks.build(config.task).metrics) for _, config in composed if config]
     metric = judged_by[0] if judged_by else Metric("objective")
     total = len(made) if basic else OmegaConf.select(hydra, "sweeper.n_trials")
     points = made if basic else []
@@ -105,8 +105,8 @@ def _words(override: Override, *, all_of: bool) -> list[str]:
     if not override.is_sweep_override():
         return [f"{key}={override.get_value_element_as_str()}"]
     if override.is_discrete_sweep():
-        found = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        return found if all_of else found[:1]
+        words = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        return words if all_of else words[:1]
     interval = override.value()
     assert isinstance(interval, IntervalSweep)
     return [f"{key}={interval.start}"]
@@ -120,10 +120,10 @@ def _composed(config: DictConfig, chosen: Sequence[str]) -> tuple[str | None, Co
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     try:
-        known = typed(composed)
+        point = typed(composed)
     except UserError:
         return None, None
-    return run_name(known, hydra), known
+    return run_name(point, hydra), point
 
 
 def _refuse_unswept(overrides: Sequence[Override]) -> None:
@@ -144,18 +144,18 @@ def _refuse_unswept(overrides: Sequence[Override]) -> None:
 
 def _refuse_twice(made: Sequence[Point]) -> None:
     """Raise if two points would be one run."""
-    known: dict[str, int] = {}
+    firsts: dict[str, int] = {}
     for i, point in enumerate(made):
         if point.run is None:
             continue
-        first = known.setdefault(point.run, i)
+        first = firsts.setdefault(point.run, i)
         if first == i:
             continue
         differ = [key for key, value in point.choices.items() if made[first].choices[key] != value]
         if not differ:
             raise UserError(f"points {first + 1} and {i + 1} are both {point.words}: name each value once")
-        told = "-".join(f"${{{key if '.' in key or key == SEED else f'{key}.name'}}}" for key in differ)
+        parts = "-".join(f"${{{key if '.' in key or key == SEED else f'{key}.name'}}}" for key in differ)
         raise UserError(
             f"points {first + 1} and {i + 1} ({made[first].words}; {point.words}) would be one run, {point.run}: "
-            f"give each a name of its own, 'run.name=NAME-{told}' (in quotes, for the shell)"
+            f"give each a name of its own, 'run.name=NAME-{parts}' (in quotes, for the shell)"
         )

@@ -53,9 +53,11 @@ def alike(find_config: Callable[[], Config]) -> Config:
 
 def refuse_other_data(data: Data, ranks: World) -> None:
     """Raise UserError, on every rank, if the ranks have not all found the same data. Collective."""
-    told = ranks.everyone((socket.gethostname(), {f"the data's {k}": str(v) for k, v in data.fingerprint.items()}))
-    hosts, found = zip(*told, strict=True)
-    if line := difference(found, hosts):
+    traits_of_ranks = ranks.everyone(
+        (socket.gethostname(), {f"the data's {k}": str(v) for k, v in data.fingerprint.items()})
+    )
+    hosts, held = zip(*traits_of_ranks, strict=True)
+    if line := difference(held, hosts):
         raise UserError(f"the ranks differ in {line}: give every node the same data", on_every_rank=True)
 
 
@@ -72,15 +74,15 @@ def traits() -> dict[str, Trait]:
     }
 
 
-def difference(told: Sequence[Mapping[str, Trait]], hosts: Sequence[str]) -> str | None:
-    """In what the ranks differ, and who has what; None if they are alike. told, hosts: [W]."""
+def difference(held: Sequence[Mapping[str, Trait]], hosts: Sequence[str]) -> str | None:
+    """In what the ranks differ, and who has what; None if they are alike. held, hosts: [W]."""
     lines = []
-    for name in told[0]:
+    for name in held[0]:
         ranks: dict[str, list[int]] = {}
-        for rank, text in enumerate(_told_apart([each[name] for each in told])):
+        for rank, text in enumerate(_distinct([each[name] for each in held])):
             ranks.setdefault(text, []).append(rank)
         if len(ranks) > 1:
-            each = [f"{text} on {world.places(those, hosts)}" for text, those in ranks.items()]
+            each = [f"{text} on {world.places(holders, hosts)}" for text, holders in ranks.items()]
             lines.append(f"{name}: {', '.join(each)}")
     return "; ".join(lines) or None
 
@@ -105,7 +107,7 @@ def _judged(mine: Mapping[str, Any]) -> str | None:
     return line
 
 
-def _told_apart(values: Sequence[Trait]) -> list[str]:
+def _distinct(values: Sequence[Trait]) -> list[str]:
     """Each rank's value as text: of several parts only those that not every rank has."""
     parts = [[value] if isinstance(value, str) else value for value in values]
     common = set.intersection(*map(set, parts))

@@ -77,8 +77,8 @@ def test_every_point_has_a_run_and_all_are_compared(swept, tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path != folder} == {
         f"digits-resnet8-{name}" for name in trained(said)
     }
-    told = json.loads((folder / "sweep.json").read_text())
-    assert [(p["choices"]["seed"], p["state"], p["objective"]) for p in told["points"][:2]] == [
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert [(p["choices"]["seed"], p["state"], p["objective"]) for p in sweep["points"][:2]] == [
         ("0", "finished", 0.8),
         ("1", "finished", 0.81),
     ]
@@ -146,9 +146,9 @@ BAD = {
 def test_a_sweep_that_cannot_be_is_refused_in_one_line_before_the_first_point(swept, tmp_path, words, said):
     if "hydra/sweeper=optuna" in words:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    code, told = swept(*words)
+    code, said = swept(*words)
     assert code == 2
-    (line,) = told.splitlines()
+    (line,) = said.splitlines()
     assert line.startswith("error: ")
     assert said in line
     assert not list(tmp_path.iterdir())
@@ -254,9 +254,9 @@ def test_optuna_draws_points_and_draws_the_same_ones_again(swept, tmp_path):
     code, said = swept(*words)
     assert states(tmp_path) == first
     assert trained(said) == []
-    told = (folder_of(tmp_path) / "optimization_results.yaml").read_text()
+    results = (folder_of(tmp_path) / "optimization_results.yaml").read_text()
     best = max(p.objective or 0 for p in sweep_folder.read(folder_of(tmp_path)).points)
-    assert f"best_value: {best}" in told
+    assert f"best_value: {best}" in results
 
 
 @pytest.mark.slow
@@ -269,11 +269,11 @@ def test_a_sweeper_of_which_no_point_is_finished_ends_without_a_traceback(swept)
 
 def made(*rows, swept=("norm", "seed"), total=None):
     """A sweep of points as they were recorded: choices, state and objective of each."""
-    told = [
+    points = [
         sweep_folder.Point(dict(zip(swept, choices, strict=True)), state=state, objective=value)
         for choices, state, value in rows
     ]
-    return sweep_folder.Sweep(list(swept), total or len(told), "accuracy", 0.0, told)
+    return sweep_folder.Sweep(list(swept), total or len(points), "accuracy", 0.0, points)
 
 
 def test_a_setting_is_the_mean_and_spread_of_its_seeds_that_are_finished():
@@ -285,13 +285,13 @@ def test_a_setting_is_the_mean_and_spread_of_its_seeds_that_are_finished():
         (("local", "1"), "finished", None),
         (("none", "0"), "not run", None),
     )
-    told = comparison.settings(sweep)
-    assert [(s.choices["norm"], s.best, s.note) for s in told] == [
+    settings = comparison.settings(sweep)
+    assert [(s.choices["norm"], s.best, s.note) for s in settings] == [
         ("sync", True, "1 failed"),
         ("local", False, "1 not finite"),
         ("none", False, "not run"),
     ]
-    assert [comparison.spread(s, Metric("accuracy", "%")) for s in told] == ["85.00% ± 7.07%", "70.00%", "–"]
+    assert [comparison.spread(s, Metric("accuracy", "%")) for s in settings] == ["85.00% ± 7.07%", "70.00%", "–"]
 
 
 @pytest.mark.parametrize(
@@ -348,27 +348,27 @@ def test_a_figure_along_a_key_has_error_bars_and_names_what_was_tried():
 def test_the_words_that_wandb_makes_of_its_sweep_are_a_config(monkeypatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    told = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
     for end in 0, -1:  # what a server may draw: the first and the last of each
         drawn = {
             key: {"value": each["values"][end] if "values" in each else each[("min", "max")[end]]}
-            for key, each in told["parameters"].items()
+            for key, each in sweep["parameters"].items()
         }
         made = {
             **create_sweep_command_args({"args": drawn}),
             "env": [],
             "interpreter": [],
-            "program": [told["program"]],
+            "program": [sweep["program"]],
         }
         command = [
-            word for part in create_sweep_command(list(told["command"])) for word in made.get(part[2:-1], [part])
+            word for part in create_sweep_command(list(sweep["command"])) for word in made.get(part[2:-1], [part])
         ]
         assert command[0] == "train.py"
         config = composed(*command[1:])
         assert isinstance(config, Config), config
         assert (config.norm.name, config.wandb.mode) == (drawn["norm"]["value"], "online")
         assert config.optim.lr == drawn["optim.lr"]["value"]
-    assert told["metric"] == {"name": "eval/accuracy", "goal": "maximize"}
+    assert sweep["metric"] == {"name": "eval/accuracy", "goal": "maximize"}
 
 
 def test_a_run_of_wandbs_sweep_has_the_id_that_its_agent_waits_for(tmp_path, monkeypatch):

@@ -23,9 +23,9 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize(("told", "line"), DIFFERENCES.values(), ids=DIFFERENCES)
-def test_what_differs_is_named_with_who_has_what(told, line):
-    assert agreement.difference(told, "abb"[: len(told)]) == line
+@pytest.mark.parametrize(("held", "line"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_what_differs_is_named_with_who_has_what(held, line):
+    assert agreement.difference(held, "abb"[: len(held)]) == line
 
 
 def test_a_process_tells_its_packages_code_and_words():

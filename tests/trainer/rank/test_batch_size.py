@@ -31,7 +31,7 @@ class Machine(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def found(rank, machines, settings):
+def probed(rank, machines, settings):
     config = typed({**settings, "data": {**settings.get("data", {}), "batch_per_rank": "auto"}})
     world = ranks_world(rank)
     machine = Machine(*machines[rank])
@@ -57,16 +57,16 @@ CASES = {
 
 @pytest.mark.parametrize(("machines", "settings", "batch"), CASES.values(), ids=CASES)
 def test_it_is_what_every_rank_can_do_and_is_worth_it(machines, settings, batch):
-    told = run_ranks(found, 2, machines, settings)
-    assert told[0] == told[1]
-    assert told[0][0] == batch
-    assert told[0][1] == pytest.approx(2 * batch / 0.01)  # two ranks, each of them so many images in 10 ms
+    results = run_ranks(probed, 2, machines, settings)
+    assert results[0] == results[1]
+    assert results[0][0] == batch
+    assert results[0][1] == pytest.approx(2 * batch / 0.01)  # two ranks, each of them so many images in 10 ms
 
 
 def test_where_nothing_fits_all_ranks_say_so():
-    told = run_ranks(found, 2, [(8, MANY), (8, 1)], {})
-    assert told[0] == told[1]
-    line, on_every_rank = told[0]
+    results = run_ranks(probed, 2, [(8, MANY), (8, 1)], {})
+    assert results[0] == results[1]
+    line, on_every_rank = results[0]
     assert line.startswith("data.batch_per_rank=auto: not even 2 images fit into the memory of each rank")
     assert on_every_rank
 
@@ -76,11 +76,11 @@ def test_a_run_trains_with_what_was_found_and_keeps_it(tmp_path):
     words = ["run.name=r", "launch.nproc=2", "train.steps=6", "train.log_every=2", "wandb.mode=disabled"]
     code, said = finished(PYTHON, *words, "data.batch_per_rank=auto", root=tmp_path / "auto")
     assert code == 0, said
-    (found,) = re.findall(r"^data\.batch_per_rank=auto: (\d+) images a rank, \d+ images/s", said, re.M)
-    assert f"| 2 × {found} images on cpu" in said
-    assert json.loads((tmp_path / "auto" / "r" / "result.json").read_text())["global_batch"] == 2 * int(found)
+    (batch,) = re.findall(r"^data\.batch_per_rank=auto: (\d+) images a rank, \d+ images/s", said, re.M)
+    assert f"| 2 × {batch} images on cpu" in said
+    assert json.loads((tmp_path / "auto" / "r" / "result.json").read_text())["global_batch"] == 2 * int(batch)
 
-    code, said = finished(PYTHON, *words, f"data.batch_per_rank={found}", root=tmp_path / "given")
+    code, said = finished(PYTHON, *words, f"data.batch_per_rank={batch}", root=tmp_path / "given")
     assert code == 0, said
     assert figures(tmp_path / "auto" / "r") == figures(tmp_path / "given" / "r")
     assert differing(*(state(tmp_path / name / "r") for name in ("auto", "given"))) == []

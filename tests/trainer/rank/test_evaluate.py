@@ -173,8 +173,8 @@ def test_a_folder_means_its_latest_and_a_pointer_what_it_points_to(averaged):
     checkpoints = averaged / "checkpoints"
     latest = checkpoints / "step_000000003.pt"
     (checkpoints / "best").write_text("step_000000002.pt")
-    found = {path: load(path)[0] for path in (averaged, checkpoints, checkpoints / "latest", checkpoints / "best")}
-    assert list(found.values()) == [latest, latest, latest, checkpoints / "step_000000002.pt"]
+    loaded = {path: load(path)[0] for path in (averaged, checkpoints, checkpoints / "latest", checkpoints / "best")}
+    assert list(loaded.values()) == [latest, latest, latest, checkpoints / "step_000000002.pt"]
 
 
 EARLIER = {

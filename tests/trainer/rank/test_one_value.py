@@ -21,8 +21,8 @@ def train(rank, norm, batch):
     try:
         fit(training, config.train, world)
     except Exception as error:
-        told = explained(error, training, config, rank)
-        return type(told), str(told), getattr(told, "on_every_rank", None)
+        error = explained(error, training, config, rank)
+        return type(error), str(error), getattr(error, "on_every_rank", None)
     return None
 
 
