@@ -41,7 +41,7 @@ def planned(config: DictConfig) -> tuple[Sweep, str]:
     composed = [_composed(config, each) for each in chosen]
     made = [Point(choices(each, swept), run=name) for each, (name, _) in zip(chosen, composed, strict=True)]
     _refuse_twice(made)
-    judged_by = [headline(tasks.build(config.task).metrics) for _, config in composed if config]
+    judged_by = [headline(tasks.build(point.task).metrics) for _, point in composed if point]
     metric = judged_by[0] if judged_by else Metric("objective")
     total = len(made) if basic else OmegaConf.select(hydra, "sweeper.n_trials")
     points = made if basic else []

@@ -53,10 +53,8 @@ def alike(find_config: Callable[[], Config]) -> Config:
 
 def refuse_other_data(data: Data, ranks: World) -> None:
     """Raise UserError, on every rank, if the ranks have not all found the same data. Collective."""
-    traits_of_ranks = ranks.everyone(
-        (socket.gethostname(), {f"the data's {k}": str(v) for k, v in data.fingerprint.items()})
-    )
-    hosts, held = zip(*traits_of_ranks, strict=True)
+    own = {f"the data's {name}": str(value) for name, value in data.fingerprint.items()}
+    hosts, held = zip(*ranks.everyone((socket.gethostname(), own)), strict=True)
     if line := difference(held, hosts):
         raise UserError(f"the ranks differ in {line}: give every node the same data", on_every_rank=True)
 
