@@ -160,11 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        told = export(given.source, given.output, size=given.size, best=given.best)
+        lines = export(given.source, given.output, size=given.size, best=given.best)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    Screen(0).close(told)
+    Screen(0).close(lines)
     return 0
 
 

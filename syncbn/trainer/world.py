@@ -119,7 +119,8 @@ def refusals(texts: Sequence[str | None], hosts: Sequence[str]) -> str | None:
     whole = [len(texts)]
     return (
         "; ".join(
-            text if [len(those)] == whole else f"{text} (on {places(those, hosts)})" for text, those in ranks.items()
+            text if [len(refusers)] == whole else f"{text} (on {places(refusers, hosts)})"
+            for text, refusers in ranks.items()
         )
         or None
     )
@@ -130,9 +131,9 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     of_host: dict[str, list[int]] = {}
     for rank in ranks:
         of_host.setdefault(hosts[rank] if len(set(hosts)) > 1 else "", []).append(rank)
-    told = [_ranks(those) + (f" of host {host}" if host else "") for host, those in of_host.items()]
-    return ", ".join(told[:MOST_HOSTS]) + (
-        f" and {len(told) - MOST_HOSTS} more hosts" if len(told) > MOST_HOSTS else ""
+    parts = [_ranks(on_host) + (f" of host {host}" if host else "") for host, on_host in of_host.items()]
+    return ", ".join(parts[:MOST_HOSTS]) + (
+        f" and {len(parts) - MOST_HOSTS} more hosts" if len(parts) > MOST_HOSTS else ""
     )
 
 
@@ -149,9 +150,9 @@ def meet() -> Store:
     """The store that all ranks share; process groups and the config travel over it. Where there is none, an end."""
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     meets = f"rank {environment.rank()} of {environment.size()} meets the others at {place}"
-    told = f"{meets}, as RANK, WORLD_SIZE and MASTER_ADDR say"
+    meeting = f"{meets}, as RANK, WORLD_SIZE and MASTER_ADDR say"
     mend = "start them all; or, if a shell has kept these from elsewhere, unset RANK"
-    waits = Timer(WAITING_S, lambda: print(f"{told}, and waits: {mend}", file=sys.stderr, flush=True))
+    waits = Timer(WAITING_S, lambda: print(f"{meeting}, and waits: {mend}", file=sys.stderr, flush=True))
     waits.daemon = True
     waits.start()
     try:
@@ -159,7 +160,7 @@ def meet() -> Store:
         return store
     except (dist.DistError, ValueError) as error:
         why = str(error).splitlines()[0]
-        print(f"error: {told}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
+        print(f"error: {meeting}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     finally:
         waits.cancel()

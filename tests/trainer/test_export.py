@@ -110,8 +110,8 @@ def test_a_checkpoint_of_any_norm_is_exported(tmp_path, word, capsys):
     run_ranks(train, 2, tmp_path / "r", {"data": {"batch_per_rank": 2}, "norm": {"name": word}})
     capsys.readouterr()
     assert export.main([str(tmp_path / "r")]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert f"resnet8 with {'plain batch norm' if norms.NORMS[word].running else f'norm={word}'}" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"resnet8 with {'plain batch norm' if norms.NORMS[word].running else f'norm={word}'}" in printed
     model = models.build(ModelConfig("resnet8"), 10)
     if not norms.NORMS[word].running:
         model, _ = norms.convert(model, NormConfig(word), Place(torch.device("cpu")))
@@ -162,12 +162,12 @@ def test_figures_of_other_weights_are_left_out(copy):
 
 def test_what_is_printed_names_every_file(exported, tmp_path, capsys):
     assert export.main([str(exported), "-o", str(tmp_path / "new" / "folder")]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in "weights.pt", "program.pt2", "model.json":
         assert (tmp_path / "new" / "folder" / name).is_file()
-        assert str(tmp_path / "new" / "folder" / name) in told
-    assert "float32 [N, 3, 32, 32]" in told
-    assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in told
+        assert str(tmp_path / "new" / "folder" / name) in printed
+    assert "float32 [N, 3, 32, 32]" in printed
+    assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in printed
 
 
 @pytest.mark.slow

@@ -167,17 +167,17 @@ def build(
     """
     train, test = _images(config, targets)
     ranks = {"rank": world.rank, "world_size": world.size}
-    told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
+    batch = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:
         assert isinstance(config.batch_per_rank, int)
         global_batch = config.batch_per_rank * world.size
     elif config.batch_per_rank == AUTO or global_batch != config.batch_per_rank * world.size:
-        told = f"a global batch of {global_batch}"
+        batch = f"a global batch of {global_batch}"
     stream = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
     sampler = TrainSampler(len(train), start=start, **stream)
     if sampler.steps_per_epoch == 0:
         raise UserError(
-            f"{told}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
+            f"{batch}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
     training, evaluation = _samples(config, train, test, seed=seed, stacked=stacked)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)

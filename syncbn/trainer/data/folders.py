@@ -60,8 +60,8 @@ class Folder:
 
     def missing(self) -> list[str]:
         """The classes without an image."""
-        found = {label for _, label in self.samples}
-        return [name for label, name in enumerate(self.classes) if label not in found]
+        labels = {label for _, label in self.samples}
+        return [name for label, name in enumerate(self.classes) if label not in labels]
 
     @property
     def notes(self) -> list[str]:
@@ -86,7 +86,7 @@ class Folder:
     def where(self, index: int) -> str:
         return self.samples[index][0]
 
-    def told(self) -> Iterator[bytes]:
+    def fingerprint_parts(self) -> Iterator[bytes]:
         yield torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy().astype("<i8").tobytes()
         names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.samples)
         yield names.replace(os.sep, "/").encode(errors="surrogateescape")

@@ -70,9 +70,9 @@ def _send_the_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> No
 def no_shared_memory(error: BaseException) -> UserError | None:
     """What to say if there is no room for the batches of workers, which go through /dev/shm; None: it is another."""
     lacking = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    told = re.search("shared memory|No space left on device|Bus error", str(error))
+    mentioned = re.search("shared memory|No space left on device|Bus error", str(error))
     # Messages of ranks go through shared memory as well, and fail otherwise
-    if isinstance(error, DistError) or not (lacking or told):
+    if isinstance(error, DistError) or not (lacking or mentioned):
         return None
     size = ""
     with suppress(OSError):

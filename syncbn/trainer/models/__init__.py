@@ -88,11 +88,11 @@ def _builder(name: str) -> Callable[..., Any]:
         return MODELS[name]
     import torchvision  # takes seconds
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name in known:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name in names:
         options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return partial(torchvision.models.get_model, name, **options)
-    near = difflib.get_close_matches(name, [*MODELS, *known], n=3) or ["resnet20", "resnet50"]
+    near = difflib.get_close_matches(name, [*MODELS, *names], n=3) or ["resnet20", "resnet50"]
     raise UserError(f"model.name={name}: no such model; near it: {', '.join(near)}; your own: package.module:builder")
 
 

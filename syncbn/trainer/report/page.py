@@ -64,7 +64,7 @@ def sweep_page(name: str, sweep: sweep_folder.Sweep) -> str:
         table=comparison.table(sweep),
         reasons=comparison.reasons(sweep),
         figures=list(_along(sweep, ids)),
-        points=[_told(point, sweep) for point in ran],
+        points=[_point_row(point, sweep) for point in ran],
         keys=sweep.swept,
         metric=sweep.metric,
     )
@@ -136,7 +136,7 @@ def _shown(run: Run, index: int) -> dict[str, Any]:
     }
 
 
-def _told(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any]:
+def _point_row(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any]:
     """A row of the table of points."""
     return {
         "choices": [comparison.short(point.choices.get(key, "–")) for key in sweep.swept],
@@ -225,10 +225,10 @@ def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:
     if likeness := _likeness(runs):
         yield from _map(likeness, [run.grid(likeness) for run in runs], runs, ids)
     yield from _map("n_eff", [run.grid("n_eff") for run in runs], runs, ids)
-    told = [run.rank_z for run in runs]
-    steps = {step for step, _ in filter(None, told)}
+    offsets = [run.rank_z for run in runs]
+    steps = {step for step, _ in filter(None, offsets)}
     when = f"step {steps.pop():,}, the last evaluation" if len(steps) == 1 else "the last evaluation of each"
-    grids = [grid[1] if grid else Grid([], [], []) for grid in told]
+    grids = [grid[1] if grid else Grid([], [], []) for grid in offsets]
     yield from _map("rank_z", grids, runs, ids, when=f" At {when}.")
 
 

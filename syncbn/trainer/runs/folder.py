@@ -160,7 +160,7 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
     It is one folder's name whatever was chosen: what cannot stand in one is replaced, and what is too long is cut and
     told by a hash.
     """
-    told = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
+    named = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
     parts = [
         experiment or config["data"]["name"],
         config["model"]["name"].replace(":", "."),
@@ -172,7 +172,7 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         key, _, value = override.lstrip("+~").partition("=")
         values[key] = value
     for key, value in sorted(values.items()):
-        if key not in told and not _outside(key):
+        if key not in named and not _outside(key):
             parts.append(redacted(f"{key}_{value}"))
     return legal("-".join([*parts, f"seed{config['seed']}"]))
 
@@ -200,9 +200,9 @@ def legal(name: str) -> str:
     made = name.replace("/", "_")  # as in model.weights=a/b.pt
     if is_legal(made):
         return made
-    told = f"-{digest(name)}"
+    suffix = f"-{digest(name)}"
     made = "".join(c if c.isprintable() else "_" for c in made).lstrip(".")
-    return made.encode()[: LONGEST - len(told)].decode(errors="ignore") + told
+    return made.encode()[: LONGEST - len(suffix)].decode(errors="ignore") + suffix
 
 
 def is_legal(name: str) -> bool:
@@ -219,10 +219,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config with its keys joined by dots."""
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return joined
 
 
 def _outside(key: str) -> bool:

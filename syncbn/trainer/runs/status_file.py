@@ -122,27 +122,27 @@ def _write(path: Path, status: Status) -> None:
 
 def read(path: Path) -> Status:
     """What a run has told. Raises FileNotFoundError, another OSError, or ValueError if it is no status."""
-    told = json.loads(path.read_text())
-    if not isinstance(told, dict):
+    written = json.loads(path.read_text())
+    if not isinstance(written, dict):
         raise ValueError("it is no object")
-    known = {}
+    values = {}
     for field in fields(Status):
-        known[field.name] = value = told.get(field.name)
+        values[field.name] = value = written.get(field.name)
         if not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
             raise ValueError(f"{field.name} is {value!r}")
-    if known["state"] not in LIVE + ENDED:
-        raise ValueError(f"state is {known['state']!r}")
-    for time in known["started"], known["updated"]:
+    if values["state"] not in LIVE + ENDED:
+        raise ValueError(f"state is {values['state']!r}")
+    for time in values["started"], values["updated"]:
         when(time)
-    return Status(**known)
+    return Status(**values)
 
 
 def when(time: str) -> datetime:
     """A time of a status. Raises ValueError."""
-    found = datetime.fromisoformat(time)
-    if found.tzinfo is None:
+    moment = datetime.fromisoformat(time)
+    if moment.tzinfo is None:
         raise ValueError(f"{time} has no time zone")
-    return found
+    return moment
 
 
 def _starts_before(path: Path) -> int:

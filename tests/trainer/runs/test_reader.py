@@ -8,13 +8,13 @@ from tests.trainer.made_runs import make_run, rewrite
 
 def test_a_run_that_died_has_the_verdicts_of_its_lines(tmp_path):
     folder = make_run(tmp_path / "a", logs=4, finished=False)
-    told = [
+    verdicts = [
         ["gone (KL 1.0 at a.0.bn)"],
         ["shards differ (ICC 0.21 at layer4.1.bn2, rank 3)", "dead (4 at bn1)"],
         ["shards differ (ICC 0.3 at layer4.1.bn2, rank 3)"],
         ["shards differ (ICC 0.2 at layer4.2.bn2, rank 3)", "shards differ (ICC 0.25 at layer4.1.bn2, rank 3)"],
     ]
-    lines = [json.dumps({"step": 10 * i, "drift/verdicts": texts}) for i, texts in enumerate(told, start=1)]
+    lines = [json.dumps({"step": 10 * i, "drift/verdicts": texts}) for i, texts in enumerate(verdicts, start=1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     assert [(v.text, v.first_step, v.last_step) for v in read(folder).verdicts] == [
         ("shards differ (ICC 0.2 at layer4.2.bn2, rank 3)", 40, 40),
