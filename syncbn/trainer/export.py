@@ -42,7 +42,7 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
     """
     if size is not None and size < 1:
         raise UserError(f"--size {size}: give a side of images in pixels, 1 or more")
-    path, state = resume.load(source / "checkpoints" / "best" if best else source)
+    path, state = resume.load_checkpoint(source / "checkpoints" / "best" if best else source)
     facts = described(state, size)
     height, width = facts["size"]
     model = plain_model(state, path)

@@ -85,7 +85,7 @@ def test_python_train_leaves_one_whole_folder(trained):
 
 def test_its_status_tells_what_became_of_it(trained):
     _, folder = trained
-    told = status_file.read(folder / "status.json")
+    told = status_file.read_status(folder / "status.json")
     result = json.loads((folder / "result.json").read_text())
     assert (told.state, told.step, told.steps, told.restarts, told.world_size) == ("finished", 6, 6, 0, 2)
     assert (told.checkpoint, told.checkpoint_step, told.error) == ("step_000000006.pt", 6, None)

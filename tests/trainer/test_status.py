@@ -50,7 +50,7 @@ def states(root):
 
 def test_what_was_told_is_read_again(tmp_path):
     written = tell(tmp_path / "r", "training", Path("x/step_000000040.pt"), step=42, images_per_s=99.5, objective=0.5)
-    seen = status_file.read(tmp_path / "r" / status_file.NAME)
+    seen = status_file.read_status(tmp_path / "r" / status_file.NAME)
     assert seen == written
     assert (seen.state, seen.step, seen.checkpoint, seen.checkpoint_step) == ("training", 42, "step_000000040.pt", 40)
     assert (seen.images_per_s, seen.objective, seen.restarts, seen.pid) == (99.5, 0.5, 0, os.getpid())
@@ -88,7 +88,7 @@ def test_a_run_that_failed_tells_the_cause_that_its_launcher_knows(tmp_path, bef
     status_file.blame(
         tmp_path / "r" / status_file.NAME, cause="the cause", **{"rank": 1, "sure": False, "since": since, **words}
     )
-    seen = status_file.read(tmp_path / "r" / status_file.NAME)
+    seen = status_file.read_status(tmp_path / "r" / status_file.NAME)
     assert (seen.state, seen.error) == (after, error_after)
 
 

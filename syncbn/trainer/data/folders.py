@@ -81,7 +81,7 @@ class Folder:
         from torchvision.transforms.v2 import functional as F
 
         path, label = self.samples[index]
-        return F.pil_to_tensor(pixels.read(path)), label
+        return F.pil_to_tensor(pixels.read_image(path)), label
 
     def where(self, index: int) -> str:
         return self.samples[index][0]

@@ -185,7 +185,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     from torchvision import datasets
 
     try:
-        parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read) for split in ("train", "val")]
+        parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read_image) for split in ("train", "val")]
     except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
         raise _no_imagenet(config, first_line(error)) from error
     train, val = (Torchvision(part, [names[0] for names in part.classes]) for part in parts)

@@ -108,7 +108,7 @@ def one_evaluation(composed: DictConfig) -> float:
     path = Path(composed.checkpoint.resume)
     if str(path) in ("auto", "none", "."):
         raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
-    path, state = resume.load(path)
+    path, state = resume.load_checkpoint(path)
     config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
     with scratch() as folder:
         run = replace(config.run, root=str(folder))

@@ -16,7 +16,7 @@ from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.display.screen import Screen
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.errors import INCOMPLETE, PREEMPTED, one_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.job.build import Parts
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.report import page, plots
@@ -24,7 +24,7 @@ from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.metric import headline, in_words
 from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
-from syncbn.trainer.runs.reader import read
+from syncbn.trainer.runs.reader import read_run
 from syncbn.trainer.runs.record import Record
 from syncbn.trainer.runs.status_file import Pulse
 from syncbn.trainer.tasks import Picture
@@ -181,7 +181,7 @@ class Watch:
             result["drift"] = {"verdicts": self.story.verdicts}
         self._close_files()
         if not self.missing:
-            with self._or_missing(self.folder.result), put(self.folder.result) as file:
+            with self._or_missing(self.folder.result), put_file(self.folder.result) as file:
                 file.write(json.dumps(result, indent=1).encode() + b"\n")
         if self.missing:
             self._now("failed", error=self.incomplete())
@@ -216,8 +216,8 @@ class Watch:
     def _report(self) -> None:
         """Write report.html and give its heat maps to W&B; what goes wrong with it costs the run nothing."""
         try:
-            page.write(self.folder.path)
-            maps = page.heat_maps(read(self.folder.path))
+            page.write_report(self.folder.path)
+            maps = page.heat_maps(read_run(self.folder.path))
             pictures = {f"drift/map_{name}": plots.picture(figure) for name, (_, figure) in maps.items()}
         except Exception as error:
             log.warning("the report is not whole: %s", error)

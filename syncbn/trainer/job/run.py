@@ -70,7 +70,7 @@ def own(folder: RunFolder, config: Config, ranks: World) -> Iterator[None]:
 def ready(folder: RunFolder, config: Config, ranks: World) -> tuple[Training, Watch | None]:
     """What trains, where the run was left or at its beginning, and rank 0's eyes on it. Collective."""
     settings = as_dict(config)
-    start = resume.find(config.checkpoint.resume, folder, settings, ranks)
+    start = resume.find_start(config.checkpoint.resume, folder, settings, ranks)
     kept = start and start.global_batch
     wanted = config.data.batch_per_rank == data.AUTO and not kept
     auto_batch = batch_size.global_batch(config, ranks) if wanted else None

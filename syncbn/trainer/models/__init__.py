@@ -54,7 +54,7 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
             "builder, model(torch.zeros(2, 3, 224, 224)) say, or take layers that are told their shapes"
         )
     if config.weights:
-        say(weights.load(model, config.name, config.weights, num_classes))
+        say(weights.load_weights(model, config.name, config.weights, num_classes))
     return model
 
 

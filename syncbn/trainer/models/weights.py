@@ -15,7 +15,7 @@ from syncbn.trainer.errors import UserError
 WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
 
 
-def load(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
+def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
     """Load what fits the model of this name; what was loaded, in words.
 
     The classifier, if it is one of other classes, keeps its own start. Raises UserError for a file that cannot be

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.files import BESIDE, put
+from syncbn.trainer.files import BESIDE, put_file
 from syncbn.trainer.option import option
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock, status_file
@@ -101,7 +101,7 @@ class RunFolder:
         stays = [self.config, self.lock, *([self.logs, self.status] if self.holds(config) else [])]
         self.path.mkdir(parents=True, exist_ok=True)
         # First, so that it is a run's folder at every moment
-        with put(self.config) as file:
+        with put_file(self.config) as file:
             file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
         for entry in self.path.iterdir():
             if entry in stays:
@@ -117,7 +117,7 @@ class RunFolder:
         """Write down how people read the metrics of the run. Raises OSError."""
         text = json.dumps([asdict(metric) for metric in metrics], indent=1) + "\n"
         if not self.metric_names.is_file() or self.metric_names.read_text() != text:
-            with put(self.metric_names) as file:
+            with put_file(self.metric_names) as file:
                 file.write(text.encode())
 
     def named_metrics(self) -> tuple[Metric, ...]:

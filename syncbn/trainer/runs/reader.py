@@ -127,7 +127,7 @@ class Run:
         return list(verdicts.values())
 
 
-def read(folder: Path, label: str | None = None) -> Run:
+def read_run(folder: Path, label: str | None = None) -> Run:
     """A run from its folder. Raises UserError if there is none in it."""
     where = folder.resolve()
     if where.is_file():
@@ -151,14 +151,14 @@ def read(folder: Path, label: str | None = None) -> Run:
     return Run(label or where.name, flat(config), lines, result, notes + damaged, source, metrics, pictures)
 
 
-def read_all(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Runs from their folders, each once, labelled by as much of their paths as tells them apart."""
     distinct = {folder.resolve(): folder for folder in reversed(folders)}
     paths = list(dict.fromkeys(folder.resolve() for folder in folders))
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [read(distinct[path], "/".join(path.parts[-depth:])) for path in paths]
+    return [read_run(distinct[path], "/".join(path.parts[-depth:])) for path in paths]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncbn.trainer.errors import PREEMPTED, USER_ERROR, UserError, one_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs.folder import digest
 from syncbn.trainer.runs.metric import Metric
@@ -84,11 +84,11 @@ def is_sweep(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def plan(folder: Path, sweep: Sweep) -> None:
+def write_plan(folder: Path, sweep: Sweep) -> None:
     """Write the sweep down, with what is told of its points so far. Raises UserError if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with put(folder / NAME) as file:
+        with put_file(folder / NAME) as file:
             file.write(json.dumps(redacted(_plain(asdict(sweep))), indent=1).encode() + b"\n")
     except OSError as error:
         raise UserError(
@@ -96,16 +96,16 @@ def plan(folder: Path, sweep: Sweep) -> None:
         ) from None
 
 
-def record(folder: Path, point: Point) -> None:
+def write_point(folder: Path, point: Point) -> None:
     """Write down what became of a point. Raises OSError."""
     written = redacted(_plain(asdict(point)))
     path = folder / "points" / f"{digest(words(written['choices']), size=8)}.json"
     path.parent.mkdir(exist_ok=True)
-    with put(path) as file:
+    with put_file(path) as file:
         file.write(json.dumps(written, indent=1).encode() + b"\n")
 
 
-def read(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> Sweep:
     """A sweep from its folder. Raises UserError."""
     try:
         sweep = _made(Sweep, json.loads((folder / NAME).read_text()))
