@@ -220,3 +220,9 @@ def test_the_word_on_a_group_replaces_that_of_an_earlier_run():
     for word, group in (("world", "world"), ("{samples: 4}", {"samples": 4}), ("2", 2)):
         merged = OmegaConf.merge(OmegaConf.create(earlier), OmegaConf.from_dotlist([f"norm.group={word}"]))
         assert config.typed(merged).norm.group == group
+
+
+def test_every_key_has_its_help():
+    lines = [*config.described(Config())]
+    assert len(lines) > 70
+    assert [line for line in lines if " " not in line] == []

@@ -55,11 +55,11 @@ class DataConfig:
     skip_broken: bool = option(False, "leave unreadable images out, counted, instead of stopping")
     size: int = option(0, "side in pixels to crop to (random scale in training, centre in eval); 0: as they are")
     mean: list[float] = option(lambda: [0.5], "of pixels in 0..1, per colour")
-    std: list[float] = field(default_factory=lambda: [0.25])
+    std: list[float] = option(lambda: [0.25], "of pixels in 0..1, per colour; a pixel becomes (pixel - mean) / std")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
     fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
-    fake_classes: int = 10
+    fake_classes: int = option(10, "data=fake: classes")
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:

@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -34,11 +34,11 @@ class WandbConfig:
     mode: str = option(
         "offline", "offline: files in the run's folder, nothing sent; online: sent as well; disabled: neither"
     )
-    project: str = "syncbn"
-    entity: str | None = None
+    project: str = option("syncbn", "where W&B keeps the run")
+    entity: str | None = option(None, "user or team that the project belongs to; none: the account's default")
     group: str | None = option(None, "none: the run's name without its seed, so that seeds lie together")
-    job_type: str = "train"
-    tags: list[str] = field(default_factory=list)
+    job_type: str = option("train", "kind of run, to filter by in W&B")
+    tags: list[str] = option(list, "words to filter by in W&B")
     timeout_s: float = option(
         30.0, "no answer of W&B for so long: the run goes on offline; also the longest wait at the end"
     )
