@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.trainer import environment
 from syncbn.trainer.environment import LaunchConfig
-from syncbn.trainer.errors import USER_ERROR, UserError
+from syncbn.trainer.errors import USER_ERROR, UserError, some
 
 # DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
 BROADCAST_BUFFERS = next(
@@ -132,9 +132,7 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     for rank in ranks:
         of_host.setdefault(hosts[rank] if len(set(hosts)) > 1 else "", []).append(rank)
     parts = [_ranks(on_host) + (f" of host {host}" if host else "") for host, on_host in of_host.items()]
-    return ", ".join(parts[:MOST_HOSTS]) + (
-        f" and {len(parts) - MOST_HOSTS} more hosts" if len(parts) > MOST_HOSTS else ""
-    )
+    return some(parts, MOST_HOSTS, more="more hosts")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn.trainer.data import pixels
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 
 # What Pillow reads, and people call their images
 ENDINGS = (
@@ -101,7 +101,7 @@ def train_and_eval(root: Path) -> tuple[Folder, Folder]:
         raise UserError(f"data.root={root} has no folder 'train': {LAYOUT}")
     train = Folder(root / "train")
     if without := train.missing():
-        raise UserError(f"{train.root} is incomplete (no image of class {', '.join(without[:5])}): {LAYOUT}")
+        raise UserError(f"{train.root} is incomplete (no image of class {some(without, 5)}): {LAYOUT}")
     if len(train.classes) == 1:
         raise UserError(f"{train.root} has one class, {train.classes[0]!r}: there is nothing to tell it from")
     return train, _for_evaluation(root, train.classes)

@@ -4,13 +4,12 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 
 from syncbn.trainer import models, norms
 from syncbn.trainer.config import Config
 from syncbn.trainer.data import Data
 from syncbn.trainer.display.screen import Screen
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.job.agreement import refuse_other_data
 from syncbn.trainer.job.build import Parts, build
 from syncbn.trainer.job.log import log_to
@@ -79,7 +78,7 @@ def compare(data: Data, start: Start) -> None:
         )
     changed = start.changed(data)
     if data.classes != classes:
-        before, now = (shorten(", ".join(names), 80, placeholder=" ...") for names in (classes, data.classes))
+        before, now = (some(names, 10) for names in (classes, data.classes))
         changed.append(f"classes {before} -> {now}, taken in this order")
     if changed:
         log.warning("the data is not that of %s (%s)", start.path, ", ".join(changed))

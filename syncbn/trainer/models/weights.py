@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 
 # Where files keep the state_dict beside other things; of a checkpoint of this trainer, its average comes first
 WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
             f"({missing[0]} {[*own[missing[0]].shape]} {there}): name the model that was trained"
         )
     model.load_state_dict(fits, strict=False)
-    kept = f" (left: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''})" if left else ""
+    kept = f" (left: {some(left, 4)})" if left else ""
     return f"loaded {len(fits)} of {len(own)} tensors from {weights}{kept}"
 
 
