@@ -216,7 +216,7 @@ def first_failure(line: str) -> tuple[int, str]:
     return int(number), said
 
 
-def failure_told() -> str | None:
+def reported_failure() -> str | None:
     """What the first rank to fail said; None if none has failed. Not for a rank whose store may not answer."""
     with suppress(RuntimeError):
         if meet().check([FAILURE]):

@@ -66,7 +66,7 @@ def floats_of(config):
             yield from (v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
 
 
-def taken_or_told(values):
+def taken_or_refused(values):
     try:
         return typed(values)
     except UserError as error:
@@ -74,7 +74,7 @@ def taken_or_told(values):
 
 
 def check(values):
-    config = taken_or_told(values)
+    config = taken_or_refused(values)
     if isinstance(config, str):
         assert config
         assert config.isprintable()

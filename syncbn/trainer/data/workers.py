@@ -42,14 +42,14 @@ class HeedRankAlone:
         # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
         if (scratch := environment.scratch()) and len(scratch) < LONGEST:
             tempfile.tempdir = scratch
-        Thread(target=self._end_when_told, daemon=True).start()
+        Thread(target=self._end_when_asked, daemon=True).start()
         if sys.platform == "linux" and self.is_parent:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             # Killed before that: torch's own look would take whoever is the parent now for the rank, for ever
             if os.getppid() != self.rank:
                 os._exit(1)
 
-    def _end_when_told(self) -> None:
+    def _end_when_asked(self) -> None:
         # multiprocessing's exit ends workers so, and waits for them for ever
         if hasattr(signal, "sigwaitinfo"):
             while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self.rank:
