@@ -26,7 +26,7 @@ from syncbn.trainer.errors import PREEMPTED
 from syncbn.trainer.report.plots import styled
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.runs import reader
-from syncbn.trainer.runs.sweep_folder import Sweep, is_sweep, read
+from syncbn.trainer.runs.sweep_folder import Sweep, is_sweep, read_sweep
 
 NORMS = ("local", "sync", "group", "batch_renorm", "ws_group", "none")
 BATCHES = (1, 2, 4, 8, 32)
@@ -42,7 +42,7 @@ def train(data: Path, root: Path, more: Sequence[str] = ()) -> Sweep:
     words = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
     words += [f"data.root={data.absolute()}", f"run.root={root}", *more]
     done = subprocess.run([sys.executable, "train.py", "-m", "experiment=small_batch/cifar10", *words], check=False)
-    sweeps = [read(folder) for folder in root.glob("sweep-*") if is_sweep(folder)]
+    sweeps = [read_sweep(folder) for folder in root.glob("sweep-*") if is_sweep(folder)]
     if done.returncode == PREEMPTED or not sweeps:
         sys.exit(done.returncode)
     return max(sweeps, key=lambda sweep: sweep.began)  # points may have come to nothing, as a norm may at one image
@@ -53,7 +53,7 @@ def figures(sweep: Sweep, root: Path, of: Callable[[reader.Run], float | None]) 
     cells: Cells = {(norm, batch): [] for norm in NORMS for batch in BATCHES}
     for point in sweep.points:
         if point.done and point.run:
-            value = of(reader.read(root / point.run))
+            value = of(reader.read_run(root / point.run))
             if value is not None:
                 cells[point.choices["norm"], int(point.choices["data.batch_per_rank"])].append(value)
     return cells

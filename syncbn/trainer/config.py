@@ -172,22 +172,22 @@ def unknown_key(key: str) -> str:
     if near := _near(key):
         hint = f"did you mean {' or '.join(near)}?"
     else:
-        siblings = [known for known in KEYS if known.rpartition(".")[0] == key.rpartition(".")[0]]
-        hint = f"there are {', '.join(siblings or dict.fromkeys(known.split('.')[0] for known in KEYS))}"
+        siblings = [other for other in KEYS if other.rpartition(".")[0] == key.rpartition(".")[0]]
+        hint = f"there are {', '.join(siblings or dict.fromkeys(other.split('.')[0] for other in KEYS))}"
     return f"{key}: no such key; {hint} (python train.py --help lists all)"
 
 
 def _near(key: str) -> list[str]:
     """The keys that it may stand for: that begin so, that end so (lr, learning.lr), or that look like it."""
     section, _, last = key.rpartition(".")
-    if begin := [known for known in KEYS if known.startswith(key)]:
+    if begin := [other for other in KEYS if other.startswith(key)]:
         return begin[:1]
-    within = [known for known in KEYS if section and known.startswith(f"{section}.")]
+    within = [other for other in KEYS if section and other.startswith(f"{section}.")]
     if near := difflib.get_close_matches(key, within, n=1):
         return near
-    if same := [known for known in KEYS if known.split(".")[-1] == last]:
+    if same := [other for other in KEYS if other.split(".")[-1] == last]:
         return difflib.get_close_matches(key, same, n=1, cutoff=0.0) if section else same[:3]
-    by_last = {known.split(".")[-1]: known for known in KEYS}
+    by_last = {other.split(".")[-1]: other for other in KEYS}
     return difflib.get_close_matches(key, KEYS, n=1) or [
         by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
     ]

@@ -60,7 +60,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def some(names: Sequence[str], most: int, between: str = ", ") -> str:
+def some(names: Sequence[str], most: int, between: str = ", ", more: str = "more") -> str:
     """The first of the names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return between.join(names[:most]) + more
+    left = f" and {len(names) - most} {more}" if len(names) > most else ""
+    return between.join(names[:most]) + left

@@ -16,12 +16,14 @@ from torch import nn
 import syncbn
 from syncbn.trainer import models, norms, tasks
 from syncbn.trainer.display.screen import Screen
-from syncbn.trainer.errors import USER_ERROR, UserError, first_line
+from syncbn.trainer.errors import USER_ERROR, UserError, first_line, some
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
 from syncbn.trainer.runs.metric import in_words
 from syncbn.trainer.training import resume
 from syncbn.trainer.training.state import State, best_weights
+
+MOST_CLASSES = 10  # told by name in one line
 
 
 def export(source: Path, folder: Path | None = None, *, size: int | None = None, best: bool = False) -> dict[str, str]:
@@ -42,7 +44,7 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
     """
     if size is not None and size < 1:
         raise UserError(f"--size {size}: give a side of images in pixels, 1 or more")
-    path, state = resume.load(source / "checkpoints" / "best" if best else source)
+    path, state = resume.load_checkpoint(source / "checkpoints" / "best" if best else source)
     facts = described(state, size)
     height, width = facts["size"]
     model = plain_model(state, path)
@@ -64,7 +66,7 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
         "facts": str(card),
         "images": f"float32 [N, 3, {height}, {width}], pixels in 0..1, then (pixel - mean) / std",
         "mean, std": f"{facts['mean']}, {facts['std']}",
-        "classes": f"{len(facts['classes'])}: {few(facts['classes'])}",
+        "classes": f"{len(facts['classes'])}: {some(facts['classes'], MOST_CLASSES)}",
         **in_words(facts["eval"], task_of(state).metrics),
     }
 
@@ -142,10 +144,6 @@ def coloured(values: list[float]) -> list[float]:
     return values * 3 if len(values) == 1 else values
 
 
-def few(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: its exit code."""
     parser = argparse.ArgumentParser(
@@ -160,11 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        told = export(given.source, given.output, size=given.size, best=given.best)
+        lines = export(given.source, given.output, size=given.size, best=given.best)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    Screen(0).close(told)
+    Screen(0).close(lines)
     return 0
 
 

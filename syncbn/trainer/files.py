@@ -16,7 +16,7 @@ SCRATCH = "syncbn-scratch-"  # begins the name of a folder for temporary files
 
 
 @contextmanager
-def put(path: Path, *, on_disk: bool = True) -> Iterator[BinaryIO]:
+def put_file(path: Path, *, on_disk: bool = True) -> Iterator[BinaryIO]:
     """A file to be written, which takes path's place once it is whole, and else leaves no trace.
 
     on_disk: wait until the disk has it, so that it outlives the machine, and not just this process.

@@ -27,8 +27,8 @@ def redacted(value: Any) -> Any:
 
 def of_environment() -> list[str]:
     """The values of the environment's variables that are secrets by their names, the longest first."""
-    found = {value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
-    return sorted(found, key=len, reverse=True)
+    secrets = {value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
+    return sorted(secrets, key=len, reverse=True)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -38,13 +38,13 @@ class RedactingFormatter(logging.Formatter):
         return redacted(super().format(record))
 
 
-def _redacted(value: Any, known: list[str]) -> Any:
+def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        for secret in known:
+        for secret in secrets:
             value = value.replace(secret, BLANK)
         return _in_query.sub(rf"\1{BLANK}", _in_address.sub(rf"\1{BLANK}", value))
     if isinstance(value, dict):
-        return {_redacted(key, known): _redacted(each, known) for key, each in value.items()}
+        return {_redacted(key, secrets): _redacted(each, secrets) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_redacted(each, known) for each in value)
+        return type(value)(_redacted(each, secrets) for each in value)
     return value

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from syncbn.trainer.errors import USER_ERROR, UserError, one_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.runs import lock, status_file
 from syncbn.trainer.runs.status_file import LIVE, Status, when
 
@@ -52,13 +52,15 @@ class Seen:
 
 def runs(roots: Sequence[Path]) -> list[Seen]:
     """Every run in the folders, or that is one of them, what goes on first. Raises UserError for what is no folder."""
-    found: list[Seen] = []
+    listed: list[Seen] = []
     for root in dict.fromkeys(root.resolve() for root in roots):
         if not root.is_dir():
             raise UserError(f"{root} is no folder: give the folder of runs, such as runs/")
-        alone = look(root)
-        found += [alone] if alone else [seen for entry in root.iterdir() if entry.is_dir() and (seen := look(entry))]
-    return sorted(found, key=lambda seen: (_place(seen.state), seen.name, str(seen.root)))
+        alone = look_at_run(root)
+        listed += (
+            [alone] if alone else [seen for entry in root.iterdir() if entry.is_dir() and (seen := look_at_run(entry))]
+        )
+    return sorted(listed, key=lambda seen: (_place(seen.state), seen.name, str(seen.root)))
 
 
 def _place(state: str) -> int:
@@ -66,33 +68,33 @@ def _place(state: str) -> int:
     return 0 if state in LIVE else [*STATES].index(state)
 
 
-def look(folder: Path) -> Seen | None:
+def look_at_run(folder: Path) -> Seen | None:
     """The run in a folder; None if it holds none."""
-    told: Status | None = None
+    status: Status | None = None
     while True:
-        before = told
+        before = status
         try:
-            told = status_file.read(folder / status_file.NAME)
+            status = status_file.read_status(folder / status_file.NAME)
         except FileNotFoundError:
-            told = None
+            status = None
         except (OSError, ValueError) as error:
             return Seen(folder.parent, folder.name, "unreadable", note=f"{status_file.NAME}: {one_line(str(error))}")
         holder = lock.holder(folder)
-        state = _state(folder, told, holder)
+        state = _state(folder, status, holder)
         # The lock may have been given back in good order since the status was read
-        if state != "died" or (told and before and told.updated == before.updated):
+        if state != "died" or (status and before and status.updated == before.updated):
             break
-    return Seen(folder.parent, folder.name, state, told, (told and told.error) or "") if state else None
+    return Seen(folder.parent, folder.name, state, status, (status and status.error) or "") if state else None
 
 
-def _state(folder: Path, told: Status | None, holder: lock.Holder | None) -> str | None:
-    if holder and (told is None or (holder.pid and (holder.host, holder.pid) != (told.host, told.pid))):
+def _state(folder: Path, status: Status | None, holder: lock.Holder | None) -> str | None:
+    if holder and (status is None or (holder.pid and (holder.host, holder.pid) != (status.host, status.pid))):
         return "starting"  # what is told, if anything, is of the process before
-    if told and (told.state not in LIVE or holder):
-        return told.state
+    if status and (status.state not in LIVE or holder):
+        return status.state
     if not (folder / "config.yaml").is_file():
         return None
-    return "finished" if (folder / "result.json").is_file() else "died" if told else "unknown"
+    return "finished" if (folder / "result.json").is_file() else "died" if status else "unknown"
 
 
 def rows(seen: Sequence[Seen], now: datetime | None = None) -> list[list[str]]:
@@ -207,7 +209,7 @@ def _escaped(label: str) -> str:
     return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
-def show(roots: Sequence[Path], console: Console, once: bool) -> None:
+def show_table(roots: Sequence[Path], console: Console, once: bool) -> None:
     """Print the table once, or keep it up to date until it is interrupted."""
     if once or not console.is_terminal:
         print(plain(runs(roots)))
@@ -217,14 +219,14 @@ def show(roots: Sequence[Path], console: Console, once: bool) -> None:
             live.update(drawn(runs(roots)), refresh=True)
 
 
-def export(roots: Sequence[Path], file: Path, every_s: float | None) -> None:
+def write_figures(roots: Sequence[Path], file: Path, every_s: float | None) -> None:
     """Write the figures once, or again and again until it is interrupted."""
     for _ in _ticks(every_s) if every_s else [0]:
         text = exposition(runs(roots)).encode()
         if str(file) == "-":
             sys.stdout.buffer.write(text)
         else:
-            with put(file, on_disk=False) as whole:
+            with put_file(file, on_disk=False) as whole:
                 whole.write(text)
 
 
@@ -248,9 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
     with suppress(KeyboardInterrupt):
         try:
             if given.prometheus:
-                export(given.roots, given.prometheus, given.every)
+                write_figures(given.roots, given.prometheus, given.every)
             else:
-                show(given.roots, Console(), given.once)
+                show_table(given.roots, Console(), given.once)
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR

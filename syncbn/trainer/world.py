@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.trainer import environment
 from syncbn.trainer.environment import LaunchConfig
-from syncbn.trainer.errors import USER_ERROR, UserError
+from syncbn.trainer.errors import USER_ERROR, UserError, some
 
 # DDP's option to send rank 0's buffers before each forward; torch 2.15 renamed it
 BROADCAST_BUFFERS = next(
@@ -119,7 +119,8 @@ def refusals(texts: Sequence[str | None], hosts: Sequence[str]) -> str | None:
     whole = [len(texts)]
     return (
         "; ".join(
-            text if [len(those)] == whole else f"{text} (on {places(those, hosts)})" for text, those in ranks.items()
+            text if [len(refusers)] == whole else f"{text} (on {places(refusers, hosts)})"
+            for text, refusers in ranks.items()
         )
         or None
     )
@@ -130,10 +131,8 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     of_host: dict[str, list[int]] = {}
     for rank in ranks:
         of_host.setdefault(hosts[rank] if len(set(hosts)) > 1 else "", []).append(rank)
-    told = [_ranks(those) + (f" of host {host}" if host else "") for host, those in of_host.items()]
-    return ", ".join(told[:MOST_HOSTS]) + (
-        f" and {len(told) - MOST_HOSTS} more hosts" if len(told) > MOST_HOSTS else ""
-    )
+    parts = [_ranks(on_host) + (f" of host {host}" if host else "") for host, on_host in of_host.items()]
+    return some(parts, MOST_HOSTS, more="more hosts")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -149,9 +148,9 @@ def meet() -> Store:
     """The store that all ranks share; process groups and the config travel over it. Where there is none, an end."""
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     meets = f"rank {environment.rank()} of {environment.size()} meets the others at {place}"
-    told = f"{meets}, as RANK, WORLD_SIZE and MASTER_ADDR say"
+    meeting = f"{meets}, as RANK, WORLD_SIZE and MASTER_ADDR say"
     mend = "start them all; or, if a shell has kept these from elsewhere, unset RANK"
-    waits = Timer(WAITING_S, lambda: print(f"{told}, and waits: {mend}", file=sys.stderr, flush=True))
+    waits = Timer(WAITING_S, lambda: print(f"{meeting}, and waits: {mend}", file=sys.stderr, flush=True))
     waits.daemon = True
     waits.start()
     try:
@@ -159,7 +158,7 @@ def meet() -> Store:
         return store
     except (dist.DistError, ValueError) as error:
         why = str(error).splitlines()[0]
-        print(f"error: {told}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
+        print(f"error: {meeting}, and cannot ({why}): {mend}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     finally:
         waits.cancel()
@@ -217,7 +216,7 @@ def first_failure(line: str) -> tuple[int, str]:
     return int(number), said
 
 
-def failure_told() -> str | None:
+def reported_failure() -> str | None:
     """What the first rank to fail said; None if none has failed. Not for a rank whose store may not answer."""
     with suppress(RuntimeError):
         if meet().check([FAILURE]):

@@ -64,7 +64,7 @@ def test_python_train_leaves_one_whole_folder(trained):
 
 def test_its_status_tells_what_became_of_it(trained):
     _, folder = trained
-    record = status_file.read(folder / "status.json")
+    record = status_file.read_status(folder / "status.json")
     result = json.loads((folder / "result.json").read_text())
     assert (record.state, record.step, record.steps, record.restarts, record.world_size) == ("finished", 6, 6, 0, 2)
     assert (record.checkpoint, record.checkpoint_step, record.error) == ("step_000000006.pt", 6, None)

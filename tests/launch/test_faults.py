@@ -62,7 +62,7 @@ def test_without_restarts_the_job_says_who_died(tmp_path, rank):
     assert line.startswith(f"rank {rank} was ended by SIGKILL")
     (lost,) = re.findall(rf"^rank {1 - rank} lost another: (.*)", said, re.M)
     assert "Traceback" not in said
-    record = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
+    record = status_file.read_status(tmp_path / "runs" / "r" / status_file.NAME)
     assert (record.state, record.error) == ("failed", f"{line} (rank 0: {lost})" if rank else line)
 
 
@@ -76,7 +76,7 @@ def test_what_one_rank_fails_with_is_the_cause_everywhere(tmp_path, door):
     assert code == (2 if door is PYTHON else 1)
     (cause,) = re.findall(rf"^error: (cannot read {data}/train/b/0007.jpg .*)", said, re.M)
     assert f"rank 0 lost another: {cause}\n" in said
-    record = status_file.read(tmp_path / "runs" / "r" / status_file.NAME)
+    record = status_file.read_status(tmp_path / "runs" / "r" / status_file.NAME)
     assert (record.state, record.error) == ("failed", cause)
     assert f"r: {cause}" in status.plain(status.runs([tmp_path / "runs"])).splitlines()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.trainer.training.resume import load
+from syncbn.trainer.training.resume import load_checkpoint
 from tests.launch.hosts import needs_namespaces, two_hosts
 from tests.launch.jobs import ENVIRONMENT, TORCHRUN, Job, differing, environment_of, free_port, job, running, state
 
@@ -233,5 +233,5 @@ def test_the_death_of_the_node_that_holds_the_rendezvous_ends_all_others(tmp_pat
         print(f"ended {time.monotonic() - killed:.0f} s after the kill")
         assert not second.left_over()
         assert not first.left_over()
-    _, saved = load(root / "r")
+    _, saved = load_checkpoint(root / "r")
     assert saved["step"] >= 5

@@ -20,7 +20,7 @@ def folder_of(root):
 
 
 def states(root):
-    return [point.state for point in sweep_folder.read(folder_of(root)).points]
+    return [point.state for point in sweep_folder.read_sweep(folder_of(root)).points]
 
 
 def results(root):
@@ -109,7 +109,7 @@ def test_optuna_draws_points_that_are_trained(tmp_path):
     assert code == 0, said
     assert "Traceback" not in said
     root = folder_of(tmp_path / "runs")
-    points = sweep_folder.read(root).points
+    points = sweep_folder.read_sweep(root).points
     assert [point.state for point in points] == ["finished"] * 3
     best = max(point.objective for point in points)
     assert f"best_value: {best}" in (root / "optimization_results.yaml").read_text()

@@ -79,17 +79,17 @@ BAD = {
 def test_a_home_is_found_wherever_a_path_comes_from(monkeypatch):
     monkeypatch.setenv("HOME", "/me")
     paths = {"data": {"root": "~/a"}, "run": {"root": "~"}, "model": {"weights": "~/w.pt"}}
-    found = config.typed({**paths, "checkpoint": {"resume": "~/runs/a"}})
-    assert (found.data.root, found.run.root, found.model.weights) == ("/me/a", "/me", "/me/w.pt")
-    assert (found.checkpoint.resume, config.typed({}).model.weights) == ("/me/runs/a", None)
+    made = config.typed({**paths, "checkpoint": {"resume": "~/runs/a"}})
+    assert (made.data.root, made.run.root, made.model.weights) == ("/me/a", "/me", "/me/w.pt")
+    assert (made.checkpoint.resume, config.typed({}).model.weights) == ("/me/runs/a", None)
 
 
 def test_what_there_is_to_choose_from_is_told_and_no_more():
-    told = "batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance, layer, local, none, sync, torch, ws_group"
-    assert composed("norm=foo") == f"norm=foo: no such choice; choose one of {told}"
-    told = composed("hydra/launcher=pbs")
-    assert told.startswith("hydra/launcher=pbs: no such choice; choose one of basic")
-    assert "path" not in told
+    choices = "batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance, layer, local, none, sync, torch, ws_group"
+    assert composed("norm=foo") == f"norm=foo: no such choice; choose one of {choices}"
+    line = composed("hydra/launcher=pbs")
+    assert line.startswith("hydra/launcher=pbs: no such choice; choose one of basic")
+    assert "path" not in line
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_what_is_not_installed_is_told_with_its_extra(group, choice, extra):
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as raised:
         compose("config", overrides=[f"{group}=absent"])
-    told = config.explain(HydraException(str(raised.value).replace("absent", choice)))
+    line = config.explain(HydraException(str(raised.value).replace("absent", choice)))
     asked = "hydra/launcher=submitit" if choice.startswith("submitit") else f"{group}={choice}"
-    assert told == f"{asked} is not installed: pip install -e '.[{extra}]'"
+    assert line == f"{asked} is not installed: pip install -e '.[{extra}]'"
 
 
 @pytest.mark.parametrize(("override", "said"), BAD.items(), ids=BAD)
@@ -202,3 +202,9 @@ def test_the_word_on_a_group_replaces_that_of_an_earlier_run():
     for word, group in (("world", "world"), ("{samples: 4}", {"samples": 4}), ("2", 2)):
         merged = OmegaConf.merge(OmegaConf.create(earlier), OmegaConf.from_dotlist([f"norm.group={word}"]))
         assert config.typed(merged).norm.group == group
+
+
+def test_every_key_has_its_help():
+    lines = [*config.described(Config())]
+    assert len(lines) > 70
+    assert [line for line in lines if " " not in line] == []

@@ -14,8 +14,8 @@ from syncbn.trainer import export, models, norms
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig, Place
-from syncbn.trainer.runs.checkpoint import parse, read, write
-from syncbn.trainer.training.resume import load
+from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
+from syncbn.trainer.training.resume import load_checkpoint
 from syncbn.trainer.training.state import best_weights
 from tests.ranks import run_ranks
 from tests.trainer.trained import train
@@ -50,17 +50,17 @@ def exported(runs):
 def copy(exported, tmp_path):
     """A copy of the run's checkpoint, to be spoilt."""
     path = tmp_path / "step_000000003.pt"
-    path.write_bytes(load(exported)[0].read_bytes())
+    path.write_bytes(load_checkpoint(exported)[0].read_bytes())
     return path
 
 
 def changed(path, **values):
-    write(path, {**parse(read(path)), **values})
+    write_checkpoint(path, {**parse_checkpoint(read_checkpoint(path)), **values})
 
 
 def evaluated(folder):
     """The model that the run evaluated, made of torchvision's by hand."""
-    state = load(folder)[1]
+    state = load_checkpoint(folder)[1]
     model = torchvision.models.resnet18(num_classes=10)
     average = state["average"]
     model.load_state_dict({k[7:]: v for k, v in average.items() if k != "n_averaged"} if average else state["model"])
@@ -110,14 +110,14 @@ def test_a_checkpoint_of_any_norm_is_exported(tmp_path, word, capsys):
     run_ranks(train, 2, tmp_path / "r", {"data": {"batch_per_rank": 2}, "norm": {"name": word}})
     capsys.readouterr()
     assert export.main([str(tmp_path / "r")]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert f"resnet8 with {'plain batch norm' if norms.NORMS[word].running else f'norm={word}'}" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"resnet8 with {'plain batch norm' if norms.NORMS[word].running else f'norm={word}'}" in printed
     model = models.build(ModelConfig("resnet8"), 10)
     if not norms.NORMS[word].running:
         model, _ = norms.convert(model, NormConfig(word), Place(torch.device("cpu")))
     weights = torch.load(tmp_path / "r" / "export" / "weights.pt", weights_only=True)
     model.load_state_dict(weights, strict=True)
-    assert_close(weights, load(tmp_path / "r")[1]["model"])
+    assert_close(weights, load_checkpoint(tmp_path / "r")[1]["model"])
     images = torch.randn(3, 3, 8, 8)
     program = torch.export.load(tmp_path / "r" / "export" / "program.pt2").module()
     assert_close(program(images), model.eval()(images), rtol=1e-4, atol=1e-4)
@@ -135,7 +135,7 @@ def test_the_program_runs_with_torch_alone_on_any_number_of_images(runs, name, t
 
 
 def test_no_norm_of_ours_is_left(exported):
-    path, state = load(exported)
+    path, state = load_checkpoint(exported)
     kinds = {type(m) for m in export.plain_model(state, path).modules() if "Norm" in type(m).__name__}
     assert kinds == {nn.BatchNorm2d}
 
@@ -152,22 +152,22 @@ def test_the_facts_say_what_images_to_give(exported):
         "std": [0.3, 0.3, 0.3],
         "step": 3,
     }
-    assert figures == load(exported)[1]["figures"]
+    assert figures == load_checkpoint(exported)[1]["figures"]
 
 
 def test_figures_of_other_weights_are_left_out(copy):
     changed(copy, evaluated=2)
-    assert export.described(load(copy)[1], None)["eval"] == {}
+    assert export.described(load_checkpoint(copy)[1], None)["eval"] == {}
 
 
 def test_what_is_printed_names_every_file(exported, tmp_path, capsys):
     assert export.main([str(exported), "-o", str(tmp_path / "new" / "folder")]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in "weights.pt", "program.pt2", "model.json":
         assert (tmp_path / "new" / "folder" / name).is_file()
-        assert str(tmp_path / "new" / "folder" / name) in told
-    assert "float32 [N, 3, 32, 32]" in told
-    assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in told
+        assert str(tmp_path / "new" / "folder" / name) in printed
+    assert "float32 [N, 3, 32, 32]" in printed
+    assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in printed
 
 
 @pytest.mark.slow
@@ -195,12 +195,12 @@ def spoil(path):
 
 
 def give_another_model(path):
-    config = parse(read(path))["config"]
+    config = parse_checkpoint(read_checkpoint(path))["config"]
     changed(path, config={**config, "model": {**config["model"], "name": "resnet34"}})
 
 
 def give_a_model_that_branches(path):
-    state = parse(read(path))
+    state = parse_checkpoint(read_checkpoint(path))
     weights = {"fc.weight": torch.zeros(10, 192), "fc.bias": torch.zeros(10)}
     model = {"name": "tests.launch.nets:Branching", "weights": None}
     changed(path, model=weights, average=None, config={**state["config"], "model": model}, image_shape=[3, 8, 8])

@@ -34,12 +34,12 @@ anything = st.recursive(
 )
 
 
-def nearly(known):
+def nearly(example):
     """Values with the config's keys and others: mostly what could stand there, now and then anything."""
-    if not isinstance(known, dict):
-        alike = st.just(known) | (st.floats() if isinstance(known, float) else st.integers(-1, 9))
+    if not isinstance(example, dict):
+        alike = st.just(example) | (st.floats() if isinstance(example, float) else st.integers(-1, 9))
         return alike | anything
-    right = st.fixed_dictionaries({}, optional={key: nearly(value) for key, value in known.items()})
+    right = st.fixed_dictionaries({}, optional={key: nearly(value) for key, value in example.items()})
     strange = st.dictionaries(st.text(max_size=6) | st.integers() | st.none(), anything, max_size=1)
     return st.builds(lambda one, other: {**other, **one}, right, strange | st.just({})) | anything
 
@@ -66,7 +66,7 @@ def floats_of(config):
             yield from (v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
 
 
-def taken_or_told(values):
+def taken_or_refused(values):
     try:
         return typed(values)
     except UserError as error:
@@ -74,7 +74,7 @@ def taken_or_told(values):
 
 
 def check(values):
-    config = taken_or_told(values)
+    config = taken_or_refused(values)
     if isinstance(config, str):
         assert config
         assert config.isprintable()

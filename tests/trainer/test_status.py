@@ -49,9 +49,9 @@ def states(root):
 
 
 def test_what_was_told_is_read_again(tmp_path):
-    told = tell(tmp_path / "r", "training", Path("x/step_000000040.pt"), step=42, images_per_s=99.5, objective=0.5)
-    seen = status_file.read(tmp_path / "r" / status_file.NAME)
-    assert seen == told
+    written = tell(tmp_path / "r", "training", Path("x/step_000000040.pt"), step=42, images_per_s=99.5, objective=0.5)
+    seen = status_file.read_status(tmp_path / "r" / status_file.NAME)
+    assert seen == written
     assert (seen.state, seen.step, seen.checkpoint, seen.checkpoint_step) == ("training", 42, "step_000000040.pt", 40)
     assert (seen.images_per_s, seen.objective, seen.restarts, seen.pid) == (99.5, 0.5, 0, os.getpid())
     assert datetime.now(UTC) - status_file.when(seen.updated) < timedelta(minutes=1)
@@ -82,20 +82,20 @@ BLAMED = {
 }
 
 
-@pytest.mark.parametrize("before, error, words, after, told", BLAMED.values(), ids=BLAMED)
-def test_a_run_that_failed_tells_the_cause_that_its_launcher_knows(tmp_path, before, error, words, after, told):
+@pytest.mark.parametrize("before, error, words, after, error_after", BLAMED.values(), ids=BLAMED)
+def test_a_run_that_failed_tells_the_cause_that_its_launcher_knows(tmp_path, before, error, words, after, error_after):
     since = tell(tmp_path / "r", before, error=error).started
     status_file.blame(
         tmp_path / "r" / status_file.NAME, cause="the cause", **{"rank": 1, "sure": False, "since": since, **words}
     )
-    seen = status_file.read(tmp_path / "r" / status_file.NAME)
-    assert (seen.state, seen.error) == (after, told)
+    seen = status_file.read_status(tmp_path / "r" / status_file.NAME)
+    assert (seen.state, seen.error) == (after, error_after)
 
 
 def test_a_run_that_is_another_jobs_by_now_is_not_blamed(tmp_path):
     since = lock.now()
-    with running(tmp_path / "r") as (_, told):
-        told()
+    with running(tmp_path / "r") as (_, listen):
+        listen()
         status_file.blame(tmp_path / "r" / status_file.NAME, 1, "the cause", sure=True, since=since)
         assert states(tmp_path) == {"r": "training"}
     status_file.blame(tmp_path / "nothing" / status_file.NAME, 1, "the cause", sure=True, since=since)
@@ -111,8 +111,8 @@ def test_a_disk_that_fails_costs_one_warning(tmp_path, caplog):
 
 
 def test_a_run_that_says_training_is_believed_only_while_its_process_lives(tmp_path):
-    with running(tmp_path / "r", step=7) as (pid, told):
-        told()
+    with running(tmp_path / "r", step=7) as (pid, listen):
+        listen()
         assert states(tmp_path) == {"r": "training"}
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -139,8 +139,8 @@ def test_a_job_that_has_the_lock_and_has_not_spoken_yet_is_starting(tmp_path):
             say("held")
             time.sleep(60)
 
-    with another(job) as (_, told):
-        told()
+    with another(job) as (_, listen):
+        listen()
         assert states(tmp_path) == {"again": "starting", "first": "starting"}
 
 
@@ -155,11 +155,11 @@ BROKEN = {
     "cut": '{"state": "train',
     "no-object": "[1]",
     "no-text": b"\xff\xfe",
-    "unknown-state": lambda told: {**told, "state": "dreaming"},
-    "missing": lambda told: {k: v for k, v in told.items() if k != "step"},
-    "wrong-type": lambda told: {**told, "step": "many"},
-    "no-time": lambda told: {**told, "updated": "yesterday"},
-    "no-zone": lambda told: {**told, "started": "2026-11-22T18:00:00"},
+    "unknown-state": lambda content: {**content, "state": "dreaming"},
+    "missing": lambda content: {k: v for k, v in content.items() if k != "step"},
+    "wrong-type": lambda content: {**content, "step": "many"},
+    "no-time": lambda content: {**content, "updated": "yesterday"},
+    "no-zone": lambda content: {**content, "started": "2026-11-22T18:00:00"},
 }
 
 
@@ -200,8 +200,8 @@ def test_what_goes_on_stands_first_and_what_is_done_last(tmp_path):
     for state in status_file.ENDED:
         tell(tmp_path / state, state)
     tell(tmp_path / "killed", "training")
-    with running(tmp_path / "b"), running(tmp_path / "a", "evaluating") as (_, told):
-        told()
+    with running(tmp_path / "b"), running(tmp_path / "a", "evaluating") as (_, listen):
+        listen()
         while len(states(tmp_path)) < 6 or "starting" in states(tmp_path).values():
             time.sleep(0.01)
         seen = status.runs([tmp_path])
@@ -212,8 +212,8 @@ def test_lines_are_never_cut_and_hold_what_they_should(tmp_path):
     name = "a-very-long-name-" + "x" * 180
     figures = {"images_per_s": 12345.6, "objective": 0.97531}
     tell(tmp_path / name, "preempted", Path("step_000000090.pt"), step=95, **figures)
-    told = json.loads((tmp_path / name / status_file.NAME).read_text())
-    now = status_file.when(told["updated"]) + timedelta(seconds=150)
+    content = json.loads((tmp_path / name / status_file.NAME).read_text())
+    now = status_file.when(content["updated"]) + timedelta(seconds=150)
     head, row = status.rows(status.runs([tmp_path]), now)
     assert dict(zip(head, row, strict=True)) == {
         "run": name, "state": "preempted", "step": "95/100", "epoch": "1.9", "images/s": "12,346",
@@ -278,14 +278,14 @@ def samples(text):
     """{metric: {(run, state): value}} as Prometheus' own reader has it."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    found = {}
+    families = {}
     for family in text_string_to_metric_families(text):
         assert family.type == "gauge"
         assert family.documentation
-        assert family.name not in found, "a metric's lines must stand together"
-        found[family.name] = {(s.labels["run"], s.labels.get("state")): s.value for s in family.samples}
-        assert len(found[family.name]) == len(family.samples)
-    return found
+        assert family.name not in families, "a metric's lines must stand together"
+        families[family.name] = {(s.labels["run"], s.labels.get("state")): s.value for s in family.samples}
+        assert len(families[family.name]) == len(family.samples)
+    return families
 
 
 def test_prometheus_reads_every_name_and_figure(tmp_path):
@@ -294,7 +294,7 @@ def test_prometheus_reads_every_name_and_figure(tmp_path):
     tell(tmp_path / "known", "failed", Path("step_000000050.pt"), step=60, images_per_s=5.5, objective=0.25)
     seen = samples(status.exposition(status.runs([tmp_path])))
     state = seen.pop("syncbn_run_state")
-    assert {run for run, told in state if state[run, told]} == {*NAMES, "known"}
+    assert {run for run, name in state if state[run, name]} == {*NAMES, "known"}
     assert sum(state.values()) == len(NAMES) + 1
     assert state["known", "failed"] == state['quo"te', "finished"] == 1
     assert {name.removeprefix("syncbn_run_") for name in seen} == set(status.METRICS)
@@ -308,8 +308,8 @@ def test_prometheus_reads_every_name_and_figure(tmp_path):
 def test_prometheus_has_its_own_words_for_what_is_not_finite(tmp_path):
     tell(tmp_path / "r", "finished")
     path = tmp_path / "r" / status_file.NAME
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "objective": math.nan, "images_per_s": -math.inf}))  # as another writer may
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "objective": math.nan, "images_per_s": -math.inf}))  # as another writer may
     text = status.exposition(status.runs([tmp_path]))
     assert 'run="r"} NaN\n' in text
     assert 'run="r"} -Inf\n' in text

@@ -55,11 +55,11 @@ class DataConfig:
     skip_broken: bool = option(False, "leave unreadable images out, counted, instead of stopping")
     size: int = option(0, "side in pixels to crop to (random scale in training, centre in eval); 0: as they are")
     mean: list[float] = option(lambda: [0.5], "of pixels in 0..1, per colour")
-    std: list[float] = field(default_factory=lambda: [0.25])
+    std: list[float] = option(lambda: [0.25], "of pixels in 0..1, per colour; a pixel becomes (pixel - mean) / std")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
     fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
-    fake_classes: int = 10
+    fake_classes: int = option(10, "data=fake: classes")
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
@@ -167,17 +167,17 @@ def build(
     """
     train, test = _images(config, targets)
     ranks = {"rank": world.rank, "world_size": world.size}
-    told = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
+    batch = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
     if global_batch is None:
         assert isinstance(config.batch_per_rank, int)
         global_batch = config.batch_per_rank * world.size
     elif config.batch_per_rank == AUTO or global_batch != config.batch_per_rank * world.size:
-        told = f"a global batch of {global_batch}"
+        batch = f"a global batch of {global_batch}"
     stream = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
     sampler = TrainSampler(len(train), start=start, **stream)
     if sampler.steps_per_epoch == 0:
         raise UserError(
-            f"{told}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
+            f"{batch}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
     training, evaluation = _samples(config, train, test, seed=seed, stacked=stacked)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)

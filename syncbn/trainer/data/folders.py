@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn.trainer.data import pixels
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 
 # What Pillow reads, and people call their images
 ENDINGS = (
@@ -60,8 +60,8 @@ class Folder:
 
     def missing(self) -> list[str]:
         """The classes without an image."""
-        found = {label for _, label in self.samples}
-        return [name for label, name in enumerate(self.classes) if label not in found]
+        labels = {label for _, label in self.samples}
+        return [name for label, name in enumerate(self.classes) if label not in labels]
 
     @property
     def notes(self) -> list[str]:
@@ -81,12 +81,12 @@ class Folder:
         from torchvision.transforms.v2 import functional as F
 
         path, label = self.samples[index]
-        return F.pil_to_tensor(pixels.read(path)), label
+        return F.pil_to_tensor(pixels.read_image(path)), label
 
     def where(self, index: int) -> str:
         return self.samples[index][0]
 
-    def told(self) -> Iterator[bytes]:
+    def fingerprint_parts(self) -> Iterator[bytes]:
         yield torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy().astype("<i8").tobytes()
         names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.samples)
         yield names.replace(os.sep, "/").encode(errors="surrogateescape")
@@ -101,7 +101,7 @@ def train_and_eval(root: Path) -> tuple[Folder, Folder]:
         raise UserError(f"data.root={root} has no folder 'train': {LAYOUT}")
     train = Folder(root / "train")
     if without := train.missing():
-        raise UserError(f"{train.root} is incomplete (no image of class {', '.join(without[:5])}): {LAYOUT}")
+        raise UserError(f"{train.root} is incomplete (no image of class {some(without, 5)}): {LAYOUT}")
     if len(train.classes) == 1:
         raise UserError(f"{train.root} has one class, {train.classes[0]!r}: there is nothing to tell it from")
     return train, _for_evaluation(root, train.classes)

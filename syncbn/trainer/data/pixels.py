@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def read(path: str) -> "Image":
+def read_image(path: str) -> "Image":
     """An image file, or its first picture, as RGB of 8 bits a colour.
 
     Pixels of more than 8 bits (16-bit PNG and TIFF, whole numbers of 32 bits, floats) are stretched so that the

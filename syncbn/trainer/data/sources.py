@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Images(Protocol):
     """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message.
 
-    told() tells them from others of the same number and classes, without reading any: labels, file names.
+    fingerprint_parts() tell them from others of the same number and classes, without reading any: labels, file names.
     notes: what of the data set is not among them, for its user to know.
     """
 
@@ -34,7 +34,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
     def where(self, index: int) -> str: ...
-    def told(self) -> Iterator[bytes]: ...
+    def fingerprint_parts(self) -> Iterator[bytes]: ...
 
 
 class Torchvision:
@@ -67,7 +67,7 @@ class Torchvision:
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(self.classes):
             raise ValueError(f"labels that are not of its {len(self.classes)} classes")
 
-    def told(self) -> Iterator[bytes]:
+    def fingerprint_parts(self) -> Iterator[bytes]:
         yield _packed(self.dataset.targets)
         if files := getattr(self.dataset, "samples", None):
             root = str(self.dataset.root)
@@ -78,7 +78,7 @@ class Torchvision:
 class Fake(Torchvision):
     """Torchvision's noise, whose labels are drawn with the images."""
 
-    def told(self) -> Iterator[bytes]:
+    def fingerprint_parts(self) -> Iterator[bytes]:
         yield repr((self.dataset.num_classes, self.dataset.image_size, self.dataset.random_offset)).encode()
 
 
@@ -99,7 +99,7 @@ class InMemory:
     def where(self, index: int) -> str:
         return f"image {index}"
 
-    def told(self) -> Iterator[bytes]:
+    def fingerprint_parts(self) -> Iterator[bytes]:
         yield _packed(self.labels)
 
 
@@ -120,8 +120,8 @@ class Spread:
     def where(self, index: int) -> str:
         return self.images.where(self.kept[index])
 
-    def told(self) -> Iterator[bytes]:
-        return self.images.told()
+    def fingerprint_parts(self) -> Iterator[bytes]:
+        return self.images.fingerprint_parts()
 
 
 def fingerprint(train: Images, test: Images) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def fingerprint(train: Images, test: Images) -> dict[str, Any]:
     digest = blake2b(digest_size=16)
     for part in train, test:
         digest.update(repr((len(part), [*part.classes])).encode())
-        for piece in part.told():
+        for piece in part.fingerprint_parts():
             digest.update(piece)
     return {"train": len(train), "eval": len(test), "classes": len(train.classes), "digest": digest.hexdigest()}
 
@@ -185,7 +185,7 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     from torchvision import datasets
 
     try:
-        parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read) for split in ("train", "val")]
+        parts = [datasets.ImageNet(config.root, split=split, loader=pixels.read_image) for split in ("train", "val")]
     except Exception as error:  # of many kinds; ModuleNotFoundError too, as the archives are read with scipy
         raise _no_imagenet(config, first_line(error)) from error
     train, val = (Torchvision(part, [names[0] for names in part.classes]) for part in parts)

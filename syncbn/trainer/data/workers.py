@@ -42,14 +42,14 @@ class HeedRankAlone:
         # multiprocessing makes a folder, which a killed worker leaves behind; its sockets need a short path
         if (scratch := environment.scratch()) and len(scratch) < LONGEST:
             tempfile.tempdir = scratch
-        Thread(target=self._end_when_told, daemon=True).start()
+        Thread(target=self._end_when_asked, daemon=True).start()
         if sys.platform == "linux" and self.is_parent:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             # Killed before that: torch's own look would take whoever is the parent now for the rank, for ever
             if os.getppid() != self.rank:
                 os._exit(1)
 
-    def _end_when_told(self) -> None:
+    def _end_when_asked(self) -> None:
         # multiprocessing's exit ends workers so, and waits for them for ever
         if hasattr(signal, "sigwaitinfo"):
             while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self.rank:
@@ -70,9 +70,9 @@ def _send_the_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> No
 def no_shared_memory(error: BaseException) -> UserError | None:
     """What to say if there is no room for the batches of workers, which go through /dev/shm; None: it is another."""
     lacking = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    told = re.search("shared memory|No space left on device|Bus error", str(error))
+    mentioned = re.search("shared memory|No space left on device|Bus error", str(error))
     # Messages of ranks go through shared memory as well, and fail otherwise
-    if isinstance(error, DistError) or not (lacking or told):
+    if isinstance(error, DistError) or not (lacking or mentioned):
         return None
     size = ""
     with suppress(OSError):

@@ -112,8 +112,8 @@ class Screen:
         """The figures over windows of so many steps each, as if they had been one."""
         mean = {}
         for name in (*(f"train/{metric.name}" for metric in self.metrics), "train/data_wait_share"):
-            if known := [(n, figures[name]) for n, figures in self.windows if name in figures]:
-                mean[name] = sum(n * value for n, value in known) / sum(n for n, _ in known)
+            if measured := [(n, figures[name]) for n, figures in self.windows if name in figures]:
+                mean[name] = sum(n * value for n, value in measured) / sum(n for n, _ in measured)
         took = sum(n / max(1e-9, figures["train/images_per_s"]) for n, figures in self.windows)
         return {**mean, "train/images_per_s": sum(n for n, _ in self.windows) / took}
 
@@ -124,10 +124,10 @@ class Screen:
 
     def _learnt(self, figures: dict[str, float], of: str) -> str:
         """The task's metrics, in a width that stays."""
-        known = [
+        measured = [
             (metric, figures[f"{of}/{metric.name}"]) for metric in self.metrics if f"{of}/{metric.name}" in figures
         ]
         return "  ".join(
             f"{metric.name} " + (f"{value:6.2%}" if metric.unit == "%" else f"{value:.4f} {metric.unit}".rstrip())
-            for metric, value in known
+            for metric, value in measured
         )

@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -34,11 +34,11 @@ class WandbConfig:
     mode: str = option(
         "offline", "offline: files in the run's folder, nothing sent; online: sent as well; disabled: neither"
     )
-    project: str = "syncbn"
-    entity: str | None = None
+    project: str = option("syncbn", "where W&B keeps the run")
+    entity: str | None = option(None, "user or team that the project belongs to; none: the account's default")
     group: str | None = option(None, "none: the run's name without its seed, so that seeds lie together")
-    job_type: str = "train"
-    tags: list[str] = field(default_factory=list)
+    job_type: str = option("train", "kind of run, to filter by in W&B")
+    tags: list[str] = option(list, "words to filter by in W&B")
     timeout_s: float = option(
         30.0, "no answer of W&B for so long: the run goes on offline; also the longest wait at the end"
     )
@@ -106,7 +106,7 @@ class Tracker:
         self._timeout_s = config.timeout_s
         self._acts: Queue[Act] = Queue(WAITING)
         self._earlier: list[Act] = []  # what an offline run is told first
-        self._known: list[Act] = []  # what a run that takes over is told
+        self._history: list[Act] = []  # what a run that takes over is told
         self._since = math.inf  # time.monotonic() when W&B was asked for what it has not answered yet
         self._silence = ""  # why wandb-core was killed
         self._ended = threading.Event()
@@ -190,19 +190,19 @@ class Tracker:
             self.run = begin(mode)
         if reason:
             log.warning("W&B failed (%s); the run goes on offline, with all its figures, in %s", reason, self.files)
-        for number, act in enumerate([*(self._earlier if mode == "offline" else ()), *self._known], start=1):
+        for number, act in enumerate([*(self._earlier if mode == "offline" else ()), *self._history], start=1):
             self._do(act, answered=number % LOGGED_AT_ONCE == 0)
         if mode == "offline" and self.files:
             for older in _unsent(self.files.parent, self.run_id) - {self.files}:
                 _mark_sent(older)
-        while self.failure is None and not (self._known and self._known[-1].func is _finish):
+        while self.failure is None and not (self._history and self._history[-1].func is _finish):
             act = self._acts.get()
-            self._known.append(packed(act))
+            self._history.append(packed(act))
             self._do(act)
             if act.func is _alert:  # nobody wants it twice
-                self._known.pop()
+                self._history.pop()
             if act.func is _show:  # the last will do for a run that takes over
-                self._known = [known for known in self._known if known is act or known.func is not _show]
+                self._history = [each for each in self._history if each is act or each.func is not _show]
 
     def _do(self, act: Act, *, answered: bool = True) -> None:
         with self._asking():

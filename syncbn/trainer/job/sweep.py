@@ -37,7 +37,7 @@ def begin(config: DictConfig) -> None:
     folder = Path(config.run.root) / name
     _refuse_run(folder)
     sweep_plan.lay_down(config.hydra, name, sweep)
-    sweep_folder.plan(folder, sweep)
+    sweep_folder.write_plan(folder, sweep)
     _begun.append(folder)
     if config.hydra.runtime.choices["hydra/launcher"] == "joblib":
         signal.signal(signal.SIGINT, _leave_to_workers)
@@ -53,7 +53,7 @@ def one_point(composed: DictConfig, run: Callable[[DictConfig], float]) -> float
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir)
-    sweep = sweep_folder.read(folder)
+    sweep = sweep_folder.read_sweep(folder)
     jobs_of_their_own = str(hydra.runtime.choices["hydra/launcher"]).startswith("submitit")
     if sweep.asked_to_end and not jobs_of_their_own:
         return None
@@ -99,13 +99,13 @@ def to_its_end(job: Callable[[], int]) -> int:
 def end(folder: Path, code: int = 0) -> int:
     """Show what the sweep came to, and write it down: the exit code. code: that of the sweep's command itself."""
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; sweep.json has what is in it, without secrets
-    sweep = sweep_folder.read(folder)
+    sweep = sweep_folder.read_sweep(folder)
     print(f"\n{comparison.as_text(comparison.table(sweep))}\n")
     for line in comparison.reasons(sweep):
         print(line)
     try:
-        sweep_folder.plan(folder, sweep)
-        print(f"report  {page.write(folder)}\ntable   {folder / sweep_folder.NAME}")
+        sweep_folder.write_plan(folder, sweep)
+        print(f"report  {page.write_report(folder)}\ntable   {folder / sweep_folder.NAME}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     undone = [point for point in sweep.points if not point.done]
@@ -135,7 +135,7 @@ def _leave_to_workers(*_: object) -> None:
 
 def _record(folder: Path, point: Point) -> None:
     try:
-        sweep_folder.record(folder, point)
+        sweep_folder.write_point(folder, point)
     except OSError as error:  # it costs the sweep a row, and the run nothing
         print(
             f"warning: what became of {point.words} cannot be written to {folder} ({error.strerror})", file=sys.stderr

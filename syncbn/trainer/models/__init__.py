@@ -54,7 +54,7 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
             "builder, model(torch.zeros(2, 3, 224, 224)) say, or take layers that are told their shapes"
         )
     if config.weights:
-        say(weights.load(model, config.name, config.weights, num_classes))
+        say(weights.load_weights(model, config.name, config.weights, num_classes))
     return model
 
 
@@ -88,11 +88,11 @@ def _builder(name: str) -> Callable[..., Any]:
         return MODELS[name]
     import torchvision  # takes seconds
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name in known:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name in names:
         options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return partial(torchvision.models.get_model, name, **options)
-    near = difflib.get_close_matches(name, [*MODELS, *known], n=3) or ["resnet20", "resnet50"]
+    near = difflib.get_close_matches(name, [*MODELS, *names], n=3) or ["resnet20", "resnet50"]
     raise UserError(f"model.name={name}: no such model; near it: {', '.join(near)}; your own: package.module:builder")
 
 

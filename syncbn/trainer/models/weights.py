@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 
 # Where files keep the state_dict beside other things; of a checkpoint of this trainer, its average comes first
 WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
 
 
-def load(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
+def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
     """Load what fits the model of this name; what was loaded, in words.
 
     The classifier, if it is one of other classes, keeps its own start. Raises UserError for a file that cannot be
@@ -29,14 +29,14 @@ def load(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
     # Files from before torch 0.4.1 have no num_batches_tracked
     missing = [key for key in left if not key.endswith("num_batches_tracked")]
     if missing and not (fits and _are_the_classifier(missing, own, num_classes)):
-        found = state.get(prefix + missing[0])
-        there = f"is {[*found.shape]} there" if isinstance(found, Tensor) else "is not there"
+        tensor = state.get(prefix + missing[0])
+        there = f"is {[*tensor.shape]} there" if isinstance(tensor, Tensor) else "is not there"
         raise UserError(
             f"model.weights={weights} has {len(fits)} of the {len(own)} tensors of model.name={name} "
             f"({missing[0]} {[*own[missing[0]].shape]} {there}): name the model that was trained"
         )
     model.load_state_dict(fits, strict=False)
-    kept = f" (left: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''})" if left else ""
+    kept = f" (left: {some(left, 4)})" if left else ""
     return f"loaded {len(fits)} of {len(own)} tensors from {weights}{kept}"
 
 
@@ -61,10 +61,10 @@ def _of_file(path: str) -> Mapping[str, Any]:
         ) from error
     except Exception as error:  # a file that is cut short or of another kind raises many kinds
         raise UserError(f"model.weights={path} is no file of torch.save ({type(error).__name__}), or broken") from error
-    found = _state_dict(held)
-    if found is None:
+    state = _state_dict(held)
+    if state is None:
         raise UserError(f"model.weights={path} holds no state_dict but a {type(held).__name__}: save a state_dict")
-    return found
+    return state
 
 
 def _state_dict(held: Any) -> Mapping[str, Any] | None:

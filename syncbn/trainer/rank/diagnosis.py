@@ -40,7 +40,7 @@ def explained(error: BaseException, training: Training, config: Config, rank: in
         return unused(left_out[1], training)
     if lost_another(error):
         stall = training.desync and training.desync.stall  # of a network that is cut, the store's too
-        return LostRank(stall or (world.failure_told() if rank == 0 else None) or reason(error))
+        return LostRank(stall or (world.reported_failure() if rank == 0 else None) or reason(error))
     return error
 
 

@@ -21,7 +21,7 @@ def evaluate(config: Config, ranks: World) -> int:
     log_to(None, warn=ranks.rank == 0)
     reduced = needed(config)
     norms.refuse_misfit(reduced.norm, ranks.size)
-    start = resume.find_at(Path(config.checkpoint.resume), ranks)
+    start = resume.find_start_at(Path(config.checkpoint.resume), ranks)
     own = start if config.eval.recalibrate else None
     parts = build_together(reduced, ranks, own, lambda parts: take_over(parts, start, config))
     show(parts, start, config, ranks)

@@ -164,7 +164,7 @@ class Watch:
     def _report(self) -> None:
         """Write report.html and give its heat maps to W&B; what goes wrong with it costs the run nothing."""
         try:
-            page.write(self.folder.path)
+            page.write_report(self.folder.path)
             pictures, tables = for_wandb.maps_of(self.folder.path)
         except Exception as error:
             log.warning("the report is not whole: %s", error)

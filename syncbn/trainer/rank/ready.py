@@ -27,7 +27,7 @@ class Ready(NamedTuple):
 def ready(folder: RunFolder, config: Config, ranks: World) -> Ready:
     """Build all that a run needs, and take up what an earlier process left of it. Collective."""
     settings = as_dict(config)
-    start = resume.find(config.checkpoint.resume, folder, settings, ranks)
+    start = resume.find_start(config.checkpoint.resume, folder, settings, ranks)
     config = batch_size.settled(config, ranks, start)
     parts = build_together(config, ranks, start, lambda parts: start.refuse_changed(parts.data) if start else None)
     training = assemble(parts, config, ranks)

@@ -25,8 +25,8 @@ class Setting:
 
     @property
     def values(self) -> list[float]:
-        found = [point.objective for point in self.points if point.done and point.objective is not None]
-        return [value for value in found if math.isfinite(value)]
+        objectives = [point.objective for point in self.points if point.done and point.objective is not None]
+        return [value for value in objectives if math.isfinite(value)]
 
     @property
     def mean(self) -> float:
@@ -59,15 +59,15 @@ class Line:
 
 def settings(sweep: Sweep) -> list[Setting]:
     """The settings of a sweep in its order, the best of them marked."""
-    found: dict[tuple[tuple[str, str], ...], Setting] = {}
+    by_choices: dict[tuple[tuple[str, str], ...], Setting] = {}
     for point in sweep.points:
         choices = {key: value for key, value in point.choices.items() if key != SEED}
-        found.setdefault(tuple(choices.items()), Setting(choices, [])).points.append(point)
-    means = [setting.mean for setting in found.values() if setting.values]
+        by_choices.setdefault(tuple(choices.items()), Setting(choices, [])).points.append(point)
+    means = [setting.mean for setting in by_choices.values() if setting.values]
     best = sweep.measured.best(means) if means else None
-    for setting in found.values():
-        setting.best = len(found) > 1 and setting.mean == best
-    return list(found.values())
+    for setting in by_choices.values():
+        setting.best = len(by_choices) > 1 and setting.mean == best
+    return list(by_choices.values())
 
 
 def table(sweep: Sweep) -> Table:
@@ -79,9 +79,9 @@ def table(sweep: Sweep) -> Table:
         if not keys:
             chosen = [",".join(point.choices.get(SEED, "–") for point in setting.points)]
         done, count = len(setting.values), len(setting.points)
-        told = [spread(setting, sweep.measured), str(done) if done == count else f"{done} of {count}"]
+        measured = [spread(setting, sweep.measured), str(done) if done == count else f"{done} of {count}"]
         note = ", ".join(filter(None, ["best" if setting.best else "", setting.note]))
-        rows[words(setting.choices)] = [Cell(text, setting.best) for text in [*chosen, *told, note]]
+        rows[words(setting.choices)] = [Cell(text, setting.best) for text in [*chosen, *measured, note]]
     caption = ["Mean ± standard deviation over n seeds."] if SEED in sweep.swept else []
     caption += ["Bold: the best."] if any(cells[0].best for cells in rows.values()) else []
     return Table([*(keys or [SEED]), sweep.metric, "n", ""], rows, " ".join(caption))
@@ -105,11 +105,11 @@ def as_text(table: Table) -> str:
 
 def reasons(sweep: Sweep) -> list[str]:
     """Why points are not finished: each reason once, with those that it is told of."""
-    told: dict[tuple[str, str], list[str]] = {}
+    points_by_reason: dict[tuple[str, str], list[str]] = {}
     for point in sweep.points:
         if point.reason and not point.done:
-            told.setdefault((point.state, point.reason), []).append(point.words)
-    named = {key: some(those, MOST_NAMED, between="; ") for key, those in told.items()}
+            points_by_reason.setdefault((point.state, point.reason), []).append(point.words)
+    named = {key: some(points, MOST_NAMED, between="; ") for key, points in points_by_reason.items()}
     return [f"{state}: {reason} ({names})" for (state, reason), names in named.items()]
 
 
@@ -122,18 +122,18 @@ def tally(sweep: Sweep) -> str:
 
 def lines(sweep: Sweep, key: str) -> list[Line]:
     """The metric along a swept key, a line for each combination of the others; none if those are too many to tell."""
-    found: dict[str, Line] = {}
+    by_name: dict[str, Line] = {}
     for setting in settings(sweep):
         if key in setting.choices and setting.values:
             others = {k: short(v) for k, v in setting.choices.items() if k != key}
-            line = found.setdefault(words(others), Line(words(others), [], [], []))
+            line = by_name.setdefault(words(others), Line(words(others), [], [], []))
             line.along.append(setting.choices[key])
             line.means.append(setting.mean)
             line.stds.append(setting.std)
-    if len(found) <= MOST_LINES:
-        return list(found.values())
+    if len(by_name) <= MOST_LINES:
+        return list(by_name.values())
     together = Line("", [], [], [])
-    for line in found.values():
+    for line in by_name.values():
         together.along += line.along
         together.means += line.means
         together.stds += line.stds
@@ -142,11 +142,10 @@ def lines(sweep: Sweep, key: str) -> list[Line]:
 
 def scale(values: Sequence[str]) -> tuple[list[float], bool] | None:
     """The values as numbers, and whether they want a logarithmic axis; None if one is a word."""
-    numbers = [_number(value) for value in values]
-    if any(value is None for value in numbers):
+    numbers = [number for value in values if (number := _number(value)) is not None]
+    if len(numbers) < len(values):
         return None
-    known = [value for value in numbers if value is not None]
-    return known, min(known) > 0 and max(known) / min(known) > LOG_FROM
+    return numbers, min(numbers) > 0 and max(numbers) / min(numbers) > LOG_FROM
 
 
 def spread(setting: Setting, metric: Metric) -> str:
@@ -159,13 +158,13 @@ def spread(setting: Setting, metric: Metric) -> str:
 
 def short(value: str) -> str:
     """A value as a person reads it: few digits of a number that a sampler drew."""
-    known = _number(value)
-    return value if known is None or len(value) <= 8 else f"{known:.4g}"
+    number = _number(value)
+    return value if number is None or len(value) <= 8 else f"{number:.4g}"
 
 
 def _number(value: str) -> float | None:
     try:
-        known = float(value)
+        number = float(value)
     except ValueError:
         return None
-    return known if math.isfinite(known) else None
+    return number if math.isfinite(number) else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from syncbn.trainer.report import plots
 from syncbn.trainer.report.page import heat_maps
-from syncbn.trainer.runs.reader import read
+from syncbn.trainer.runs.reader import read_run
 
 Tables = dict[str, tuple[list[str], list[list[Any]]]]
 """By name: the names of columns, and rows."""
@@ -14,7 +14,7 @@ Tables = dict[str, tuple[list[str], list[list[Any]]]]
 def maps_of(folder: Path) -> tuple[dict[str, Any], Tables]:
     """Pictures and tables of the heat maps of the run in a folder, by the names that W&B is to have for them."""
     pictures, tables = {}, {}
-    for name, (grid, figure) in heat_maps(read(folder)).items():
+    for name, (grid, figure) in heat_maps(read_run(folder)).items():
         pictures[f"drift/map_{name}"] = plots.picture(figure)
         tables[f"drift/by_{name}"] = (["layer", grid.along, name], grid.cells())
     return pictures, tables

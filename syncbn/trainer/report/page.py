@@ -22,7 +22,7 @@ from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.report.tables import duration, facts, setting, worst_layers
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES, LIKENESS, OFFSETS, HeatMap
-from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_all
+from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_runs
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
 
@@ -64,15 +64,15 @@ def sweep_page(name: str, sweep: sweep_folder.Sweep) -> str:
         table=comparison.table(sweep),
         reasons=comparison.reasons(sweep),
         figures=list(_along(sweep, ids)),
-        points=[_told(point, sweep) for point in ran],
+        points=[_point_row(point, sweep) for point in ran],
         keys=sweep.swept,
         metric=sweep.metric,
     )
 
 
-def write(folder: Path) -> Path:
+def write_report(folder: Path) -> Path:
     """Write report.html into the folder of a run or a sweep: where it lies. Raises UserError if it holds neither."""
-    return _write(_page_of(folder), folder / "report.html")
+    return _write_page(_page_of(folder), folder / "report.html")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         text = _page_of(*given.runs)
-        print(_write(text, given.output or (given.runs[0] if _one(given.runs) else Path()) / "report.html"))
+        print(_write_page(text, given.output or (given.runs[0] if _one(given.runs) else Path()) / "report.html"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -99,7 +99,9 @@ def _page_of(*folders: Path) -> str:
     if sweeps and not _one(folders):
         raise UserError(f"{sweeps[0]} is a sweep: give it alone, or give runs")
     return (
-        sweep_page(sweeps[0].resolve().name, sweep_folder.read(sweeps[0])) if sweeps else runs_page(read_all(folders))
+        sweep_page(sweeps[0].resolve().name, sweep_folder.read_sweep(sweeps[0]))
+        if sweeps
+        else runs_page(read_runs(folders))
     )
 
 
@@ -118,7 +120,7 @@ def _rendered(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def _write(text: str, file: Path) -> Path:
+def _write_page(text: str, file: Path) -> Path:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -136,7 +138,7 @@ def _shown(run: Run, index: int) -> dict[str, Any]:
     }
 
 
-def _told(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any]:
+def _point_row(point: sweep_folder.Point, sweep: sweep_folder.Sweep) -> dict[str, Any]:
     """A row of the table of points."""
     return {
         "choices": [comparison.short(point.choices.get(key, "–")) for key in sweep.swept],
@@ -225,10 +227,10 @@ def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:
     if likeness := _likeness(runs):
         yield from _map(likeness, [run.grid(likeness) for run in runs], runs, ids)
     yield from _map("n_eff", [run.grid("n_eff") for run in runs], runs, ids)
-    told = [run.rank_z for run in runs]
-    steps = {step for step, _ in filter(None, told)}
+    offsets = [run.rank_z for run in runs]
+    steps = {step for step, _ in filter(None, offsets)}
     when = f"step {steps.pop():,}, the last evaluation" if len(steps) == 1 else "the last evaluation of each"
-    grids = [grid[1] if grid else Grid([], [], []) for grid in told]
+    grids = [grid[1] if grid else Grid([], [], []) for grid in offsets]
     yield from _map("rank_z", grids, runs, ids, when=f" At {when}.")
 
 

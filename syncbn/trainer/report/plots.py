@@ -214,10 +214,10 @@ def span(values: Iterable[Iterable[float]], *, positive: bool = False) -> tuple[
 
     positive: of the numbers above 0 alone, and of the six highest decades.
     """
-    known = [v for row in values for v in row if math.isfinite(v) and (v > 0 or not positive)]
-    if not known:
+    finite = [v for row in values for v in row if math.isfinite(v) and (v > 0 or not positive)]
+    if not finite:
         return (0.1, 1.0) if positive else (0.0, 1.0)
-    low, high = min(known), max(known)
+    low, high = min(finite), max(finite)
     if positive:
         low = max(low, high / 1e6)  # on a scale of more decades nothing else can be told apart
     return (low, high) if low < high else (low, low + (abs(low) * 0.1 or 1.0))
@@ -245,8 +245,8 @@ def _put_together(
     starts = range(0, len(columns), together)
 
     def worst(part: Sequence[float]) -> float:
-        known = [v for v in part if math.isfinite(v)]
-        return keep(known) if known else math.nan
+        finite = [v for v in part if math.isfinite(v)]
+        return keep(finite) if finite else math.nan
 
     kept = [[worst(row[i : i + together]) for i in starts] for row in values]
     return kept, [columns[min(i + together, len(columns)) - 1] for i in starts], together

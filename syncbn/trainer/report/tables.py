@@ -95,8 +95,8 @@ def _cell(text: Any) -> Cell:
 
 def _compared(values: Sequence[float | None], metric: Metric | None) -> list[Cell]:
     """A row of numbers, the best in bold if there is something to choose."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    best = metric.best(known) if metric and len(set(known)) > 1 else None
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    best = metric.best(finite) if metric and len(set(finite)) > 1 else None
     text = metric.text if metric else partial(in_digits, digits=4)
     return [_cell(None) if v is None else Cell(text(v), v == best) for v in values]
 
@@ -105,8 +105,8 @@ def _evaluated(runs: Sequence[Run]) -> list[tuple[str, Metric | None]]:
     """What evaluations wrote, the headline first, each with how it is read."""
     metrics = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
     keys = dict.fromkeys(key for run in runs for key in run.points if key.startswith("eval/"))
-    known = [(key.removeprefix("eval/"), metric_of(key, [*metrics.values()])) for key in keys]
-    shown = [(name, metric) for name, metric in known if name not in ("images", "skipped_images")]
+    evaluated = [(key.removeprefix("eval/"), metric_of(key, [*metrics.values()])) for key in keys]
+    shown = [(name, metric) for name, metric in evaluated if name not in ("images", "skipped_images")]
     return sorted(shown, key=lambda each: not (each[1] and each[1].headline))
 
 
@@ -116,11 +116,11 @@ def _last(run: Run, name: str) -> float | None:
 
 
 def _best(points: Points, metric: Metric) -> str | None:
-    known = {step: value for step, value in points.items() if math.isfinite(value)}
-    if not known:
+    finite = {step: value for step, value in points.items() if math.isfinite(value)}
+    if not finite:
         return None
-    best = metric.best(known.values())
-    step = next(step for step, value in known.items() if value == best)
+    best = metric.best(finite.values())
+    step = next(step for step, value in finite.items() if value == best)
     return f"{metric.text(best)}, step {step:,}"
 
 
@@ -153,17 +153,17 @@ def _settled(points: Points) -> float:
 
 
 def _column(values: dict[str, float], layers: Sequence[str], figure: DriftFigure) -> list[Cell]:
-    known = [v for v in values.values() if math.isfinite(v)]
-    worst = figure.worse(known) if len(set(known)) > 1 else None
+    finite = [v for v in values.values() if math.isfinite(v)]
+    worst = figure.worse(finite) if len(set(finite)) > 1 else None
     return [Cell(in_digits(values[x]), values[x] == worst) if x in values else _cell(None) for x in layers]
 
 
 def _farthest(ranks: list[float] | None) -> Cell:
-    known = {rank: z for rank, z in enumerate(ranks or []) if math.isfinite(z)}
-    if not known:
+    finite = {rank: z for rank, z in enumerate(ranks or []) if math.isfinite(z)}
+    if not finite:
         return _cell(None)
-    rank = max(known, key=known.__getitem__)
-    return _cell(f"rank {rank}: {in_digits(known[rank])}")
+    rank = max(finite, key=finite.__getitem__)
+    return _cell(f"rank {rank}: {in_digits(finite[rank])}")
 
 
 def _names(text: str, layer: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from syncbn.trainer.errors import UserError, first_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.option import option
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,19 @@ class Damaged(Exception):
     """A file that is not, or no longer, what was written."""
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write the state so that path holds, at every moment, either nothing, the old file or the new one whole.
 
     state: tensors, numbers, text, and lists and dicts of them: what can be read back without running any code.
     """
-    with put(path) as file:
+    with put_file(path) as file:
         sealed = _Sealed(file)
         torch.save({"format": FORMAT, **state}, sealed)  # pyright: ignore[reportArgumentType]  (it writes, and flushes)
         file.write(SEAL + sealed.digest.hexdigest().encode())
 
 
-def read(path: Path) -> bytes:
-    """The bytes of a checkpoint, once its checksum has been verified; `parse` makes the state of them.
+def read_checkpoint(path: Path) -> bytes:
+    """The bytes of a checkpoint, once its checksum has been verified; `parse_checkpoint` makes the state of them.
 
     Raises Damaged, or OSError.
     """
@@ -70,7 +70,7 @@ def read(path: Path) -> bytes:
     return content
 
 
-def parse(payload: bytes) -> dict[str, Any]:
+def parse_checkpoint(payload: bytes) -> dict[str, Any]:
     """The state in a checkpoint's bytes, on the CPU; nothing in them is executed. Raises Damaged."""
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
@@ -130,12 +130,12 @@ class Checkpoints:
     def best(self) -> Path | None:
         return pointed(self.folder / "best")
 
-    def newest_whole(self, check: Callable[[Path], bytes] = read) -> tuple[Path, bytes] | None:
+    def newest_whole(self, check: Callable[[Path], bytes] = read_checkpoint) -> tuple[Path, bytes] | None:
         """The latest checkpoint that is whole, and its bytes; each one that is not is told in a warning."""
         for path in self._candidates():
             try:
                 payload = check(path)
-                parse(payload)
+                parse_checkpoint(payload)
                 return path, payload
             except (Damaged, OSError) as error:
                 log.warning("%s cannot be used (%s): taking the checkpoint before it", path, error)
@@ -144,7 +144,7 @@ class Checkpoints:
     def _save(self, step: int, state: dict[str, Any], best: bool) -> None:
         path = self.folder / f"step_{step:09}.pt"
         try:
-            write(path, state)
+            write_checkpoint(path, state)
             if best:
                 self._point("best", path)
             self._remove_old(path)
@@ -155,7 +155,7 @@ class Checkpoints:
             self._failed(step, error)
 
     def _point(self, pointer: str, path: Path) -> None:
-        with put(self.folder / pointer) as file:
+        with put_file(self.folder / pointer) as file:
             file.write(path.name.encode())
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -188,7 +188,7 @@ def pointed(pointer: Path) -> Path | None:
 
 
 def copied(state: Any) -> Any:
-    """A copy of a state on the CPU, which training cannot change. TypeError: it has what `parse` would refuse."""
+    """A copy of a state on the CPU, which training cannot change. TypeError: `parse_checkpoint` would refuse it."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

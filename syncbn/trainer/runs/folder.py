@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.files import BESIDE, put
+from syncbn.trainer.files import BESIDE, put_file
 from syncbn.trainer.option import option
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock, status_file
@@ -101,7 +101,7 @@ class RunFolder:
         stays = [self.config, self.lock, *([self.logs, self.status] if self.holds(config) else [])]
         self.path.mkdir(parents=True, exist_ok=True)
         # First, so that it is a run's folder at every moment
-        with put(self.config) as file:
+        with put_file(self.config) as file:
             file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
         for entry in self.path.iterdir():
             if entry in stays:
@@ -117,12 +117,12 @@ class RunFolder:
         """Write down how people read the metrics of the run. Raises OSError."""
         text = json.dumps([asdict(metric) for metric in metrics], indent=1) + "\n"
         if not self.metric_names.is_file() or self.metric_names.read_text() != text:
-            with put(self.metric_names) as file:
+            with put_file(self.metric_names) as file:
                 file.write(text.encode())
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write down what the run came to, after which it is finished for good. Raises OSError."""
-        with put(self.result) as file:
+        with put_file(self.result) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
 
     def named_metrics(self) -> tuple[Metric, ...]:
@@ -165,7 +165,7 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
     It is one folder's name whatever was chosen: what cannot stand in one is replaced, and what is too long is cut and
     told by a hash.
     """
-    told = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
+    named = ("experiment", "data", "data.name", "model.name", "norm", "norm.name", "data.batch_per_rank", "seed")
     parts = [
         experiment or config["data"]["name"],
         config["model"]["name"].replace(":", "."),
@@ -177,7 +177,7 @@ def name_of(config: dict[str, Any], experiment: str | None, overrides: Sequence[
         key, _, value = override.lstrip("+~").partition("=")
         values[key] = value
     for key, value in sorted(values.items()):
-        if key not in told and not _outside(key):
+        if key not in named and not _outside(key):
             parts.append(redacted(f"{key}_{value}"))
     return legal("-".join([*parts, f"seed{config['seed']}"]))
 
@@ -205,9 +205,9 @@ def legal(name: str) -> str:
     made = name.replace("/", "_")  # as in model.weights=a/b.pt
     if is_legal(made):
         return made
-    told = f"-{digest(name)}"
+    suffix = f"-{digest(name)}"
     made = "".join(c if c.isprintable() else "_" for c in made).lstrip(".")
-    return made.encode()[: LONGEST - len(told)].decode(errors="ignore") + told
+    return made.encode()[: LONGEST - len(suffix)].decode(errors="ignore") + suffix
 
 
 def is_legal(name: str) -> bool:
@@ -224,10 +224,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config with its keys joined by dots."""
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return joined
 
 
 def _outside(key: str) -> bool:

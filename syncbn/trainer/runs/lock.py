@@ -69,7 +69,7 @@ def holder(folder: Path) -> Holder | None:
     try:
         fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return _told(handle) if _is_held(error) else None
+        return _read_holder(handle) if _is_held(error) else None
     else:
         return None
     finally:
@@ -101,14 +101,14 @@ def _take(folder: Path, longest_s: float) -> int | None:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            other = _told(handle)
+            other = _read_holder(handle)
             os.close(handle)
             if not _is_held(error):
                 log.warning("%s cannot be locked (%s): give no two jobs one run.name", folder, error.strerror)
                 return None
         else:
             if _is_there(handle, folder / NAME):
-                _tell(handle)
+                _write_holder(handle)
                 return handle
             os.close(handle)  # the one that held it has removed it
             continue
@@ -153,17 +153,17 @@ def _is_there(handle: int, path: Path) -> bool:
         return False
 
 
-def _tell(handle: int) -> None:
+def _write_holder(handle: int) -> None:
     """Write down who holds it; a full disk costs no more than the word."""
     with suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), now()))).encode(), 0)
 
 
-def _told(handle: int) -> Holder:
+def _read_holder(handle: int) -> Holder:
     """Who holds it, as far as it is told."""
     try:
-        told = json.loads(os.pread(handle, 10_000, 0))
-        return Holder(str(told["host"]), int(told["pid"]), str(told["since"]))
+        written = json.loads(os.pread(handle, 10_000, 0))
+        return Holder(str(written["host"]), int(written["pid"]), str(written["since"]))
     except (OSError, ValueError, TypeError, KeyError):
         return Holder(socket.gethostname(), 0, "just now")

@@ -56,10 +56,9 @@ def metric_of(key: str, metrics: Sequence[Metric]) -> Metric | None:
 
 def in_words(figures: Mapping[str, float], metrics: Sequence[Metric]) -> dict[str, str]:
     """Figures as a person reads them; of what is no metric, four digits behind the point."""
-    known = {key: metric_of(key, metrics) for key in figures}
     return {
         key: metric.text(value)
-        if (metric := known[key]) and metric.unit
+        if (metric := metric_of(key, metrics)) and metric.unit
         else f"{value:.4f}"
         if value % 1
         else f"{value:.0f}"

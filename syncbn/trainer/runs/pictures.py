@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 
 INDEX = "pictures.json"
 
@@ -49,10 +49,10 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
     folder.mkdir(exist_ok=True)
     names = [f"{i}.png" for i in range(len(pictures.each))]
     for name, picture in zip(names, pictures.each, strict=True):
-        with put(folder / name, on_disk=False) as file:
+        with put_file(folder / name, on_disk=False) as file:
             file.write(picture.data)
     captions = {name: picture.caption for name, picture in zip(names, pictures.each, strict=True)}
-    with put(folder / INDEX, on_disk=False) as file:
+    with put_file(folder / INDEX, on_disk=False) as file:
         file.write(json.dumps({"step": pictures.step, "captions": captions}, indent=1).encode() + b"\n")
     for path in folder.glob("*.png"):
         if path.name not in names:

@@ -74,23 +74,23 @@ class Run:
     @cached_property
     def points(self) -> dict[str, Points]:
         """Every number that was written: {key: {step: value}}. What was written twice for a step, counts once."""
-        found: dict[str, Points] = {}
+        points_by_key: dict[str, Points] = {}
         for line in sorted(self.lines, key=lambda line: line["step"]):
             for key, value in line.items():
                 if isinstance(value, float | int) and not isinstance(value, bool):
-                    found.setdefault(key, {})[line["step"]] = float(value)
-        return found
+                    points_by_key.setdefault(key, {})[line["step"]] = float(value)
+        return points_by_key
 
     @cached_property
     def drift(self) -> dict[str, dict[str, Points]]:
         """{figure: {layer: {step: value}}}, layers in the order in which the model runs them."""
-        found: dict[str, dict[str, Points]] = {}
+        by_figure: dict[str, dict[str, Points]] = {}
         for key, points in self.points.items():
             head, _, rest = key.partition("/")
             layer, _, figure = rest.rpartition("/")
             if head == "drift" and layer:
-                found.setdefault(figure, {})[layer] = points
-        return found
+                by_figure.setdefault(figure, {})[layer] = points
+        return by_figure
 
     def grid(self, figure: str) -> Grid:
         """A figure of drift, layer by step."""
@@ -113,21 +113,21 @@ class Run:
     @cached_property
     def verdicts(self) -> list[Verdict] | None:
         """In order of weight; none: drift was not measured."""
-        told = (self.result or {}).get("drift")
-        if told is not None:
-            return [Verdict(v["text"], v.get("first_step"), v.get("last_step")) for v in told.get("verdicts", [])]
+        drift = (self.result or {}).get("drift")
+        if drift is not None:
+            return [Verdict(v["text"], v.get("first_step"), v.get("last_step")) for v in drift.get("verdicts", [])]
         seen = [line for line in self.lines if isinstance(line.get("drift/verdicts"), list)]
         if not seen:
             return [] if self.drift else None
-        found: dict[str, Verdict] = {}
+        verdicts: dict[str, Verdict] = {}
         for line in reversed(seen):  # the latest wording and order count; a text's numbers change from line to line
             for text in line["drift/verdicts"]:
-                verdict = found.setdefault(NUMBER.sub("#", text), Verdict(text, line["step"], line["step"]))
+                verdict = verdicts.setdefault(NUMBER.sub("#", text), Verdict(text, line["step"], line["step"]))
                 verdict.first_step = line["step"]
-        return list(found.values())
+        return list(verdicts.values())
 
 
-def read(folder: Path, label: str | None = None) -> Run:
+def read_run(folder: Path, label: str | None = None) -> Run:
     """A run from its folder. Raises UserError if there is none in it."""
     where = folder.resolve()
     if where.is_file():
@@ -151,14 +151,14 @@ def read(folder: Path, label: str | None = None) -> Run:
     return Run(label or where.name, flat(config), lines, result, notes + damaged, source, metrics, pictures)
 
 
-def read_all(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Runs from their folders, each once, labelled by as much of their paths as tells them apart."""
     distinct = {folder.resolve(): folder for folder in reversed(folders)}
     paths = list(dict.fromkeys(folder.resolve() for folder in folders))
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [read(distinct[path], "/".join(path.parts[-depth:])) for path in paths]
+    return [read_run(distinct[path], "/".join(path.parts[-depth:])) for path in paths]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.trainer.errors import one_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock
 from syncbn.trainer.runs.lock import now
@@ -92,7 +92,7 @@ class Pulse:
             **redacted(figures),
         )
         try:
-            _write(self.path, self.status)
+            _write_status(self.path, self.status)
         except OSError as error:
             if not self.warned:
                 log.warning("%s cannot be written (%s): training goes on, and it tells what was", self.path, error)
@@ -107,48 +107,48 @@ def blame(path: Path, rank: int, cause: str, *, sure: bool, since: str) -> None:
     rank: the one to blame. sure: the cause is its own word; else what rank 0 has told stands as well.
     """
     with suppress(OSError, ValueError):
-        status = read(path)
+        status = read_status(path)
         if status.state not in (*LIVE, "failed") or when(status.started) < when(since) or lock.holder(path.parent):
             return
         if status.error and not sure:
             cause = f"{cause} (rank 0: {status.error})" if rank else status.error
-        _write(path, replace(status, state="failed", error=one_line(redacted(cause)), updated=now()))
+        _write_status(path, replace(status, state="failed", error=one_line(redacted(cause)), updated=now()))
 
 
-def _write(path: Path, status: Status) -> None:
-    with put(path, on_disk=False) as file:
+def _write_status(path: Path, status: Status) -> None:
+    with put_file(path, on_disk=False) as file:
         file.write(json.dumps(asdict(status), indent=1).encode() + b"\n")
 
 
-def read(path: Path) -> Status:
+def read_status(path: Path) -> Status:
     """What a run has told. Raises FileNotFoundError, another OSError, or ValueError if it is no status."""
-    told = json.loads(path.read_text())
-    if not isinstance(told, dict):
+    written = json.loads(path.read_text())
+    if not isinstance(written, dict):
         raise ValueError("it is no object")
-    known = {}
+    values = {}
     for field in fields(Status):
-        known[field.name] = value = told.get(field.name)
+        values[field.name] = value = written.get(field.name)
         if not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
             raise ValueError(f"{field.name} is {value!r}")
-    if known["state"] not in LIVE + ENDED:
-        raise ValueError(f"state is {known['state']!r}")
-    for time in known["started"], known["updated"]:
+    if values["state"] not in LIVE + ENDED:
+        raise ValueError(f"state is {values['state']!r}")
+    for time in values["started"], values["updated"]:
         when(time)
-    return Status(**known)
+    return Status(**values)
 
 
 def when(time: str) -> datetime:
     """A time of a status. Raises ValueError."""
-    found = datetime.fromisoformat(time)
-    if found.tzinfo is None:
+    moment = datetime.fromisoformat(time)
+    if moment.tzinfo is None:
         raise ValueError(f"{time} has no time zone")
-    return found
+    return moment
 
 
 def _starts_before(path: Path) -> int:
     """How often the run's ranks have been started already."""
     try:
-        return read(path).restarts + 1
+        return read_status(path).restarts + 1
     except FileNotFoundError:
         return 0
     except (OSError, ValueError):

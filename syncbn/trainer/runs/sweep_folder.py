@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncbn.trainer.errors import PREEMPTED, USER_ERROR, UserError, one_line
-from syncbn.trainer.files import put
+from syncbn.trainer.files import put_file
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs.folder import digest
 from syncbn.trainer.runs.metric import Metric
@@ -84,11 +84,11 @@ def is_sweep(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def plan(folder: Path, sweep: Sweep) -> None:
+def write_plan(folder: Path, sweep: Sweep) -> None:
     """Write the sweep down, with what is told of its points so far. Raises UserError if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with put(folder / NAME) as file:
+        with put_file(folder / NAME) as file:
             file.write(json.dumps(redacted(_plain(asdict(sweep))), indent=1).encode() + b"\n")
     except OSError as error:
         raise UserError(
@@ -96,20 +96,20 @@ def plan(folder: Path, sweep: Sweep) -> None:
         ) from None
 
 
-def record(folder: Path, point: Point) -> None:
+def write_point(folder: Path, point: Point) -> None:
     """Write down what became of a point. Raises OSError."""
-    told = redacted(_plain(asdict(point)))
-    path = folder / "points" / f"{digest(words(told['choices']), size=8)}.json"
+    written = redacted(_plain(asdict(point)))
+    path = folder / "points" / f"{digest(words(written['choices']), size=8)}.json"
     path.parent.mkdir(exist_ok=True)
-    with put(path) as file:
-        file.write(json.dumps(told, indent=1).encode() + b"\n")
+    with put_file(path) as file:
+        file.write(json.dumps(written, indent=1).encode() + b"\n")
 
 
-def read(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> Sweep:
     """A sweep from its folder. Raises UserError."""
     try:
         sweep = _made(Sweep, json.loads((folder / NAME).read_text()))
-        sweep.points = [_made(Point, told) for told in sweep.points]  # pyright: ignore[reportArgumentType]
+        sweep.points = [_made(Point, content) for content in sweep.points]  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, TypeError) as error:
         text = one_line(f"{error}")
         raise UserError(f"{folder / NAME} cannot be read ({text}): the sweep's command writes it anew") from None
@@ -128,16 +128,16 @@ def read(folder: Path) -> Sweep:
     return sweep
 
 
-def _made(kind: type, told: Any) -> Any:
+def _made(kind: type, content: Any) -> Any:
     """The dataclass of what was written of it; keys of another version are left out."""
-    known = {f.name for f in fields(kind)}
-    return kind(**{key: value for key, value in dict(told).items() if key in known})
+    names = {f.name for f in fields(kind)}
+    return kind(**{key: value for key, value in dict(content).items() if key in names})
 
 
-def _plain(told: Any) -> Any:
+def _plain(value: Any) -> Any:
     """What JSON can hold: a number that is not finite as null."""
-    if isinstance(told, dict):
-        return {key: _plain(value) for key, value in told.items()}
-    if isinstance(told, list):
-        return [_plain(value) for value in told]
-    return None if isinstance(told, float) and not math.isfinite(told) else told
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

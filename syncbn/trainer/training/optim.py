@@ -28,7 +28,7 @@ class OptimConfig:
     scaling: str = option(
         "linear", "the rate used is lr * r, r = images a step / lr_batch; sqrt: lr * sqrt(r); none: lr"
     )
-    weight_decay: float = 5e-4
+    weight_decay: float = option(5e-4, "on matrices and filters: added to the gradient; adamw: decoupled")
     decay_norms_and_biases: bool = option(False, "weight decay on vectors too: norms' weights and all biases")
     momentum: float = option(0.9, "sgd")
     nesterov: bool = option(True, "sgd")

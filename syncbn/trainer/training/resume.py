@@ -4,16 +4,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from syncbn.trainer import environment
 from syncbn.trainer.data import Data
-from syncbn.trainer.errors import UserError
+from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.redact import redacted
-from syncbn.trainer.runs.checkpoint import Checkpoints, Damaged, parse, pointed, read
+from syncbn.trainer.runs.checkpoint import Checkpoints, Damaged, parse_checkpoint, pointed, read_checkpoint
 from syncbn.trainer.runs.folder import RunFolder, differences
 from syncbn.trainer.training.state import State, Training, best_weights
 from syncbn.trainer.world import World
@@ -80,7 +79,7 @@ class Start:
             )
         changed = self.changed(data)
         if data.classes != classes:
-            before, now = (shorten(", ".join(names), 80, placeholder=" ...") for names in (classes, data.classes))
+            before, now = (some(names, 10) for names in (classes, data.classes))
             changed.append(f"classes {before} -> {now}, taken in this order")
         if changed:
             log.warning("the data is not that of %s (%s)", self.path, ", ".join(changed))
@@ -105,7 +104,7 @@ class Start:
             )
 
 
-def find(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -> Start | None:
+def find_start(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -> Start | None:
     """What checkpoint.resume asks for; None if the run is to begin anew. Collective.
 
     Rank 0 reads it, as the others may not see its disk. A checkpoint of the run's own comes before a given path: a
@@ -113,34 +112,34 @@ def find(resume: str, folder: RunFolder, config: dict[str, Any], ranks: World) -
 
     Raises UserError, on every rank, if there is nothing at the path, or nothing whole where there is something.
     """
-    return _shared(lambda: _find(resume, folder, config), ranks)
+    return _shared(lambda: _find_checkpoint(resume, folder, config), ranks)
 
 
 def refuse_missing(resume: str, folder: RunFolder, config: dict[str, Any]) -> None:
-    """Raise UserError, as `find` does, if the run is to begin at a path where there is nothing."""
+    """Raise UserError, as `find_start` does, if the run is to begin at a path where there is nothing."""
     if resume not in ("auto", "none") and not Path(resume).exists() and not folder.holds(config):
-        _at(Path(resume))
+        _checkpoint_at(Path(resume))
 
 
-def find_at(path: Path, ranks: World) -> Start:
-    """The checkpoint that `load` finds, on every rank, as the run sees it that wrote it. Collective.
+def find_start_at(path: Path, ranks: World) -> Start:
+    """The checkpoint that `load_checkpoint` finds, on every rank, as the run sees it that wrote it. Collective.
 
     Raises UserError, on every rank, if there is none that is whole.
     """
-    start = _shared(lambda: (*_at(path), True), ranks)
+    start = _shared(lambda: (*_checkpoint_at(path), True), ranks)
     assert start
     return start
 
 
-def load(path: Path) -> tuple[Path, State]:
+def load_checkpoint(path: Path) -> tuple[Path, State]:
     """The checkpoint in a file or at a pointer, or the latest in a run's folder.
 
     Raises UserError if there is none that is whole, or if the path is what checkpoint.resume has for none.
     """
     if str(path) in ("auto", "none", "."):
         raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
-    path, payload = _at(path)
-    return path, parse(payload)
+    path, payload = _checkpoint_at(path)
+    return path, parse_checkpoint(payload)
 
 
 def _shared(find: Callable[[], tuple[Path, bytes, bool] | None], ranks: World) -> Start | None:
@@ -153,21 +152,21 @@ def _shared(find: Callable[[], tuple[Path, bytes, bool] | None], ranks: World) -
     if shared is None:
         return None
     path, payload, own = shared
-    return Start(parse(payload), path, own)
+    return Start(parse_checkpoint(payload), path, own)
 
 
-def _find(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
+def _find_checkpoint(resume: str, folder: RunFolder, config: dict[str, Any]) -> tuple[Path, bytes, bool] | None:
     if resume == "none" and not environment.restarts():
         return None
     if folder.holds(config) and (newest := _newest(folder.checkpoints)):
         path, payload = newest
         # Another run's may be left by a process that was killed while it took over the folder
-        if not differences(parse(payload).get("config", {}), redacted(config)):
+        if not differences(parse_checkpoint(payload).get("config", {}), redacted(config)):
             return path, payload, True
-    return None if resume in ("auto", "none") else (*_at(Path(resume)), False)
+    return None if resume in ("auto", "none") else (*_checkpoint_at(Path(resume)), False)
 
 
-def _at(path: Path) -> tuple[Path, bytes]:
+def _checkpoint_at(path: Path) -> tuple[Path, bytes]:
     if path.is_dir():
         inside = path / "checkpoints"
         if newest := _newest(inside if inside.is_dir() else path):
@@ -175,13 +174,13 @@ def _at(path: Path) -> tuple[Path, bytes]:
         raise UserError(f"{path} holds no checkpoint: give a file, such as runs/NAME/checkpoints/step_000000100.pt")
     path = pointed(path) or path
     try:
-        payload = read(path)
+        payload = read_checkpoint(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a checkpoint or the folder of a run") from None
     except Damaged as error:
         raise UserError(f"{error}: give another checkpoint") from None
     try:
-        parse(payload)
+        parse_checkpoint(payload)
     except Damaged as error:
         raise UserError(f"{path} cannot be used ({error}): give another checkpoint") from None
     return path, payload

@@ -38,7 +38,7 @@ def saved(path, values):
 
 @pytest.mark.parametrize(("values", "ending"), DEEP.values(), ids=DEEP)
 def test_pixels_of_more_than_8_bits_are_stretched(tmp_path, values, ending):
-    read = pil_to_tensor(pixels.read(saved(tmp_path / f"image.{ending}", values)))
+    read = pil_to_tensor(pixels.read_image(saved(tmp_path / f"image.{ending}", values)))
     assert torch.equal(read, EIGHT_BITS)
 
 
@@ -61,7 +61,7 @@ def test_every_mode_of_pillow_is_read_as_three_colours(mode, tmp_path, monkeypat
         image = image.convert(mode)
     assert image.mode == mode
     monkeypatch.setattr(Image, "open", lambda path: image)
-    read = pil_to_tensor(pixels.read("image"))
+    read = pil_to_tensor(pixels.read_image("image"))
     assert read.shape == (3, 8, 8)
     assert read.dtype == torch.uint8
     assert read.float().std() > 30, "not all white, not all black"
@@ -70,15 +70,15 @@ def test_every_mode_of_pillow_is_read_as_three_colours(mode, tmp_path, monkeypat
 def test_a_mode_that_has_no_way_to_rgb_is_an_error_of_that_image(monkeypatch):
     monkeypatch.setattr(Image, "open", lambda path: Image.new("La", (8, 8)))
     with pytest.raises(ValueError, match="conversion from La to L not supported"):
-        pixels.read("image")
+        pixels.read_image("image")
 
 
 def test_a_flat_deep_image_is_black_and_one_that_is_not_finite_is_refused(tmp_path):
     flat = saved(tmp_path / "flat.tiff", numpy.full((4, 4), 7.5, "float32"))
-    assert not pil_to_tensor(pixels.read(flat)).any()
+    assert not pil_to_tensor(pixels.read_image(flat)).any()
     broken = saved(tmp_path / "broken.tiff", numpy.full((4, 4), numpy.nan, "float32"))
     with pytest.raises(ValueError, match="a pixel is not a finite number"):
-        pixels.read(broken)
+        pixels.read_image(broken)
 
 
 def test_hidden_names_are_no_classes_and_no_images(tmp_path):

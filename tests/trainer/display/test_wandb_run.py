@@ -210,8 +210,8 @@ def begin(monkeypatch):
 
         monkeypatch.setattr(wandb_run, "_begin", one_run)
         config = WandbConfig(mode=mode, timeout_s=timeout_s)
-        told = [(step, {"x": 1.0}) for step in earlier]
-        return Tracker(config, folder, name="", group="", settings={}, run_id="abc", earlier=told)
+        logged = [(step, {"x": 1.0}) for step in earlier]
+        return Tracker(config, folder, name="", group="", settings={}, run_id="abc", earlier=logged)
 
     return begin
 

@@ -44,7 +44,7 @@ def folder_of(root):
 
 
 def states(root):
-    return {point.words: point.state for point in sweep_folder.read(folder_of(root)).points}
+    return {point.words: point.state for point in sweep_folder.read_sweep(folder_of(root)).points}
 
 
 def trained(said):
@@ -114,7 +114,7 @@ def test_the_same_command_goes_on_with_what_is_not_finished(swept, tmp_path):
     assert (code, trained(said)) == (PREEMPTED, [])
     assert "seed0 is finished" in said
     assert (tmp_path / "digits-resnet8-sync-b4-seed0" / "mark").exists()
-    assert sweep_folder.read(folder_of(tmp_path)).points[0].took_s is None  # there was nothing to train
+    assert sweep_folder.read_sweep(folder_of(tmp_path)).points[0].took_s is None  # there was nothing to train
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_optuna_draws_points_and_draws_the_same_ones_again(swept, tmp_path):
     assert states(tmp_path) == first
     assert trained(said) == []
     results = (folder_of(tmp_path) / "optimization_results.yaml").read_text()
-    best = max(p.objective or 0 for p in sweep_folder.read(folder_of(tmp_path)).points)
+    best = max(p.objective or 0 for p in sweep_folder.read_sweep(folder_of(tmp_path)).points)
     assert f"best_value: {best}" in results
 
 
@@ -326,10 +326,10 @@ def test_a_record_that_was_cut_counts_as_a_point_that_was_not_run(swept, tmp_pat
     swept("seed=0,1")
     for record in (folder_of(tmp_path) / "points").iterdir():
         record.write_text(record.read_text()[:-20])
-    assert len(sweep_folder.read(folder_of(tmp_path)).points) == 2
+    assert len(sweep_folder.read_sweep(folder_of(tmp_path)).points) == 2
     (folder_of(tmp_path) / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        sweep_folder.read(folder_of(tmp_path))
+        sweep_folder.read_sweep(folder_of(tmp_path))
 
 
 def test_a_figure_along_a_key_has_error_bars_and_names_what_was_tried():

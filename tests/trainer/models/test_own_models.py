@@ -113,8 +113,8 @@ def train(rank, name, settings):
         training = assemble(build(config, world), config, world)
         fit(training, config.train, world)
     except Exception as error:
-        told = explained(error, training, config, rank) if training else error
-        return type(told), str(told)
+        explanation = explained(error, training, config, rank) if training else error
+        return type(explanation), str(explanation)
     return None
 
 

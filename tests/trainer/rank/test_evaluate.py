@@ -12,9 +12,9 @@ from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job import launch
 from syncbn.trainer.rank.evaluate import evaluate
-from syncbn.trainer.runs.checkpoint import parse, read, write
+from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
 from syncbn.trainer.runs.folder import flat
-from syncbn.trainer.training.resume import load
+from syncbn.trainer.training.resume import load_checkpoint
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world, train
 
@@ -45,7 +45,7 @@ def evaluated_on(rank, settings):
 
 def own_settings(path, **on_top):
     """The settings that evaluate the checkpoint at path: its own, with others on top."""
-    settings = load(path)[1]["config"]
+    settings = load_checkpoint(path)[1]["config"]
     on_top = {"task": {"mode": "evaluate"}, "checkpoint": {"resume": str(path)}, **on_top}
     return {**settings, **{section: {**settings[section], **values} for section, values in on_top.items()}}
 
@@ -68,14 +68,14 @@ def averaged(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_any_number_of_ranks_finds_the_same(averaged, tmp_path, ranks):
-    own = load(averaged)[1]["figures"]
+    own = load_checkpoint(averaged)[1]["figures"]
     evaluated = run_ranks(evaluated_on, ranks, {**own_settings(averaged), "root": str(tmp_path)})[0]
     assert evaluated == pytest.approx(own, rel=1e-6)  # float32 scores, of batches of another size
     assert evaluated["eval/images"] == 360
 
 
 def test_without_the_average_the_weights_themselves_are_evaluated(averaged, tmp_path):
-    own = load(averaged)[1]["figures"]
+    own = load_checkpoint(averaged)[1]["figures"]
     settings = own_settings(averaged, train={"ema": 0.0})
     assert run_ranks(evaluated_on, 2, {**settings, "root": str(tmp_path)})[0]["eval/loss"] != own["eval/loss"]
 
@@ -121,12 +121,12 @@ def damaged(path):
 
 
 def of_another_format(path):
-    write(path, {**parse(read(path)), "format": 99})
+    write_checkpoint(path, {**parse_checkpoint(read_checkpoint(path)), "format": 99})
 
 
 def of_another_config(path):
-    state = parse(read(path))
-    write(path, {**state, "config": {**state["config"], "warp": {"speed": 9}}})
+    state = parse_checkpoint(read_checkpoint(path))
+    write_checkpoint(path, {**state, "config": {**state["config"], "warp": {"speed": 9}}})
 
 
 def cut(path):
@@ -144,7 +144,7 @@ SPOILT = {
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_a_file_that_is_no_checkpoint_of_ours_is_told_in_a_line(averaged, tmp_path, capfd, spoil, said):
     path = tmp_path / "step_000000003.pt"
-    path.write_bytes(load(averaged)[0].read_bytes())
+    path.write_bytes(load_checkpoint(averaged)[0].read_bytes())
     spoil(path)
     assert launched("task=evaluate", f"checkpoint.resume={path}") == 2
     (line,) = capfd.readouterr().err.splitlines()
@@ -173,7 +173,9 @@ def test_a_folder_means_its_latest_and_a_pointer_what_it_points_to(averaged):
     checkpoints = averaged / "checkpoints"
     latest = checkpoints / "step_000000003.pt"
     (checkpoints / "best").write_text("step_000000002.pt")
-    loaded = {path: load(path)[0] for path in (averaged, checkpoints, checkpoints / "latest", checkpoints / "best")}
+    loaded = {
+        path: load_checkpoint(path)[0] for path in (averaged, checkpoints, checkpoints / "latest", checkpoints / "best")
+    }
     assert list(loaded.values()) == [latest, latest, latest, checkpoints / "step_000000002.pt"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from syncbn.trainer.report.page import runs_page, sweep_page
 from syncbn.trainer.runs import sweep_folder
-from syncbn.trainer.runs.reader import read_all
+from syncbn.trainer.runs.reader import read_runs
 from tests.trainer.made_runs import DEAD, SHARDS, make_run
 
 PROBE = """
@@ -56,7 +56,7 @@ def test_a_browser_shows_it_legibly(tmp_path, width, kind):
     else:
         size = {"layers": 160, "logs": 1000, "ranks": 128} if kind == "many layers" else {"verdicts": [SHARDS, DEAD]}
         folders = [make_run(tmp_path / long, **size)]
-    (tmp_path / "page.html").write_text(runs_page(read_all(folders)))
+    (tmp_path / "page.html").write_text(runs_page(read_runs(folders)))
     look_at(tmp_path, width)
 
 

@@ -13,13 +13,13 @@ import torch
 
 from syncbn.trainer.report.page import main, runs_page
 from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
-from syncbn.trainer.runs.reader import read_all
+from syncbn.trainer.runs.reader import read_runs
 from syncbn.trainer.tasks import Picture
 from tests.trainer.made_runs import DEAD, SHARDS, make_run, rewrite
 
 
 def page(*folders):
-    return runs_page(read_all(folders))
+    return runs_page(read_runs(folders))
 
 
 def text_of(html):

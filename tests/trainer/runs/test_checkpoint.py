@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs import checkpoint
-from syncbn.trainer.runs.checkpoint import SEAL, Checkpoints, Damaged, copied, parse, read, write
+from syncbn.trainer.runs.checkpoint import (
+    SEAL,
+    Checkpoints,
+    Damaged,
+    copied,
+    parse_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tests.launch.jobs import differing
 
 STATE = {
@@ -28,19 +36,19 @@ STATE = {
 
 
 def loaded(path):
-    state = parse(read(path))
+    state = parse_checkpoint(read_checkpoint(path))
     assert state.pop("format") == checkpoint.FORMAT
     return state
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
-    write(tmp_path / "a.pt", STATE)
+    write_checkpoint(tmp_path / "a.pt", STATE)
     assert differing(loaded(tmp_path / "a.pt"), STATE) == []
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_torch_alone_can_read_it(tmp_path):
-    write(tmp_path / "a.pt", STATE)
+    write_checkpoint(tmp_path / "a.pt", STATE)
     for mmap in False, True:
         state = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
         assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
@@ -49,7 +57,7 @@ def test_torch_alone_can_read_it(tmp_path):
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "a.pt"
-    write(path, STATE)
+    write_checkpoint(path, STATE)
     return path.read_bytes()
 
 
@@ -71,14 +79,14 @@ def test_no_torn_or_flipped_file_is_taken(sound, tmp_path_factory, data):
     if content == sound:
         return
     with pytest.raises(Damaged):
-        read(path)
+        read_checkpoint(path)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.binary(max_size=300) | st.builds(pickle.dumps, st.recursive(st.integers() | st.text(), st.lists)))
 def test_no_content_however_sealed_is_more_than_refused(content):
     with pytest.raises(Damaged):
-        parse(content)
+        parse_checkpoint(content)
 
 
 class Planted:
@@ -95,7 +103,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     payload = file.getvalue()
     (tmp_path / "a.pt").write_bytes(payload + SEAL + hashlib.sha256(payload).hexdigest().encode())
     with pytest.raises(Damaged):
-        parse(read(tmp_path / "a.pt"))
+        parse_checkpoint(read_checkpoint(tmp_path / "a.pt"))
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +142,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("cut_at", ["best", "latest"])
 def test_a_save_that_is_cut_off_leaves_no_other_best_and_no_more_files(tmp_path, monkeypatch, cut_at, keep):
     """Seen in a soak: killed behind latest, a run kept an old best and a checkpoint too many, for good."""
-    shelf, real = Checkpoints(tmp_path, keep=keep), checkpoint.put
+    shelf, real = Checkpoints(tmp_path, keep=keep), checkpoint.put_file
     for n in 1, 2:
         shelf.save(n, {"step": n})
 
@@ -143,10 +151,10 @@ def test_a_save_that_is_cut_off_leaves_no_other_best_and_no_more_files(tmp_path,
             raise Killed
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "put", put)
+    monkeypatch.setattr(checkpoint, "put_file", put)
     with pytest.raises(Killed):
         shelf.save(3, {"step": 3}, best=True)
-    monkeypatch.setattr(checkpoint, "put", real)
+    monkeypatch.setattr(checkpoint, "put_file", real)
     again = Checkpoints(tmp_path, keep=keep)
     if again.latest.name != step(3):  # else it goes on from there, and never saves it again
         again.save(3, {"step": 3}, best=True)
@@ -156,8 +164,8 @@ def test_a_save_that_is_cut_off_leaves_no_other_best_and_no_more_files(tmp_path,
 
 def test_saving_in_the_background_takes_the_state_of_then(tmp_path, monkeypatch):
     gate, weight = threading.Event(), torch.zeros(3)
-    real = checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *args: (gate.wait(10), real(*args)))
+    real = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: (gate.wait(10), real(*args)))
     shelf = Checkpoints(tmp_path, background=True)
     shelf.save(1, {"model": {"weight": weight}})
     weight += 1
@@ -177,7 +185,7 @@ def test_a_damaged_file_is_told_and_the_one_before_it_taken(tmp_path, caplog):
 
     path, payload = Checkpoints(tmp_path).newest_whole()
 
-    assert (path.name, parse(payload)["step"]) == (step(1), 1)
+    assert (path.name, parse_checkpoint(payload)["step"]) == (step(1), 1)
     assert [record.message.split(" cannot")[0][-len(step(1)) :] for record in caplog.records] == [step(3), step(2)]
     # Gone on with from there, later steps are done again and their files no longer count
     shelf.save(2, {"step": 2})

@@ -22,8 +22,8 @@ def holding(folder, for_s=60.0):
 
 
 def test_another_is_refused_and_told_who_holds_it(tmp_path):
-    with holding(tmp_path / "r") as (pid, told):
-        told()
+    with holding(tmp_path / "r") as (pid, listen):
+        listen()
         held = lock.holder(tmp_path / "r")
         assert (held.host, held.pid) == (socket.gethostname(), pid)
         began = time.monotonic()
@@ -37,8 +37,8 @@ def test_another_is_refused_and_told_who_holds_it(tmp_path):
 
 
 def test_a_killed_process_leaves_nothing_locked(tmp_path):
-    with holding(tmp_path / "r") as (pid, told):
-        told()
+    with holding(tmp_path / "r") as (pid, listen):
+        listen()
         kill(pid)
         assert (tmp_path / "r" / lock.NAME).exists()
         assert lock.holder(tmp_path / "r") is None
@@ -64,8 +64,8 @@ def test_what_the_holder_has_forked_does_not_hold_it_after_its_death(tmp_path):
             tell(child)
             time.sleep(60)
 
-    with another(job) as (pid, told):
-        orphan = int(told())
+    with another(job) as (pid, listen):
+        orphan = int(listen())
         kill(pid)
         try:
             with lock.held(tmp_path / "r", longest_s=0):
@@ -84,16 +84,16 @@ def test_the_holders_children_may_end_and_look_and_it_holds_on(tmp_path):
             tell("ended")
             time.sleep(60)
 
-    with another(job) as (pid, told):
-        told()
+    with another(job) as (pid, listen):
+        listen()
         assert lock.holder(tmp_path / "r").pid == pid
         with pytest.raises(UserError), lock.held(tmp_path / "r", longest_s=0):
             pass
 
 
 def test_it_is_waited_for_and_had_when_the_other_ends(tmp_path, capsys):
-    with holding(tmp_path / "r", for_s=1.5) as (pid, told):
-        told()
+    with holding(tmp_path / "r", for_s=1.5) as (pid, listen):
+        listen()
         with lock.held(tmp_path / "r", longest_s=30):
             assert (tmp_path / "r" / lock.NAME).exists()  # its own: the other has removed the one that it had
             with another(lambda tell: tell(lock.holder(tmp_path / "r").pid)) as (_, seen):
@@ -116,8 +116,8 @@ def test_a_file_that_the_last_holder_has_removed_is_no_lock(tmp_path):
             tell("held")
             time.sleep(60)
 
-    with holding(tmp_path / "r", for_s=1) as (_, told):
-        told()
+    with holding(tmp_path / "r", for_s=1) as (_, listen):
+        listen()
         with another(late) as (pid, got):
             got()
             assert lock.holder(tmp_path / "r").pid == pid
@@ -137,7 +137,7 @@ def test_many_that_come_and_go_have_it_one_at_a_time(tmp_path):
         tell("done")
 
     with another(job) as first, another(job) as second, another(job) as third:
-        assert [told() for _, told in (first, second, third)] == ["done\n"] * 3
+        assert [listen() for _, listen in (first, second, third)] == ["done\n"] * 3
     assert counter.read_text() == "45"
     assert not (tmp_path / "r").exists()
 
@@ -187,8 +187,8 @@ def test_a_run_that_nobody_holds_has_no_holder(tmp_path):
 
 def test_the_file_of_a_killed_job_is_cleared_and_that_of_a_living_one_is_not(tmp_path):
     """Seen in a soak: a job killed behind its result left its lock's file in a finished run, for good."""
-    with holding(tmp_path / "r") as (pid, told):
-        told()
+    with holding(tmp_path / "r") as (pid, listen):
+        listen()
         lock.clear(tmp_path / "r")
         assert lock.holder(tmp_path / "r").pid == pid
         kill(pid)
