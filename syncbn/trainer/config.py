@@ -24,9 +24,8 @@ from syncbn.trainer.environment import LaunchConfig
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig
-from syncbn.trainer.option import option
-from syncbn.trainer.runs.checkpoint import CheckpointConfig
-from syncbn.trainer.runs.folder import RunConfig, flat
+from syncbn.trainer.option import flat, option
+from syncbn.trainer.runs.options import CheckpointConfig, RunConfig
 from syncbn.trainer.tasks import TaskConfig
 from syncbn.trainer.training.drift import DriftConfig
 from syncbn.trainer.training.optim import OptimConfig, ScheduleConfig

@@ -1,4 +1,4 @@
-"""A key of the config: its default, and what `python train.py --help` says of it."""
+"""A key of the config: its default, what `python train.py --help` says of it, and its whole name."""
 
 from dataclasses import field
 from typing import Any
@@ -9,3 +9,11 @@ def option(default: Any, text: str) -> Any:
     if callable(default):
         return field(default_factory=default, metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with its keys joined by dots."""
+    joined: dict[str, Any] = {}
+    for key, value in config.items():
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return joined

@@ -52,7 +52,7 @@ def test_python_train_leaves_one_whole_folder(trained):
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "result.json", "report.html", "logs", "status.json",
-        "metric_names.json",
+        "metric_names.json", "pictures",
     }  # fmt: skip
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
     assert {p.name for p in (folder / "logs").iterdir()} == {"rank0.log", "rank1.log"}

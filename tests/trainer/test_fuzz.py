@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from syncbn.trainer.config import Config, as_dict, from_yaml, to_yaml, typed
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.runs.folder import flat
+from syncbn.trainer.option import flat
 
 KNOWN = as_dict(Config())
 WORDS = sorted({value for value in flat(KNOWN).values() if isinstance(value, str)})

@@ -20,7 +20,8 @@ from syncbn.trainer.redact import redacted
 from syncbn.trainer.report import comparison, page
 from syncbn.trainer.report.tables import duration
 from syncbn.trainer.runs import sweep_folder
-from syncbn.trainer.runs.folder import RunConfig, RunFolder
+from syncbn.trainer.runs.folder import RunFolder
+from syncbn.trainer.runs.options import RunConfig
 from syncbn.trainer.runs.sweep_folder import Point, Sweep
 
 OF_LAUNCHERS = ("submitit", "joblib")  # modules whose errors tell of a process that ended, and not of our code

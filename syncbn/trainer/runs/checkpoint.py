@@ -7,38 +7,18 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from syncbn.trainer.errors import UserError, first_line
+from syncbn.trainer.errors import first_line
 from syncbn.trainer.files import put_file
-from syncbn.trainer.option import option
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 SEAL = b"\nsyncbn sha256 "  # before the digest, behind what torch wrote, whose readers do not mind
-
-
-@dataclass
-class CheckpointConfig:
-    every: int | None = option(None, "steps between checkpoints; there is one at each eval and at the end anyhow")
-    keep: int = option(2, "of the latest, so many; and the best")
-    background: bool = option(True, "write while training goes on; it waits only for the checkpoint before")
-    resume: str = option(
-        "auto", "auto: where this run was left; none: begin anew; or another run's checkpoint or folder"
-    )
-
-    def __post_init__(self) -> None:
-        for name in "every", "keep":
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"checkpoint.{name}={value}: give 1 or more")
-        if not self.resume:
-            raise UserError("checkpoint.resume=: give auto, none, or the path of a checkpoint or of a run's folder")
 
 
 class Damaged(Exception):

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import yaml
 
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.files import BESIDE, put_file
-from syncbn.trainer.option import option
+from syncbn.trainer.option import flat
 from syncbn.trainer.redact import redacted
 from syncbn.trainer.runs import lock, status_file
 from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
+from syncbn.trainer.runs.options import LONGEST, RunConfig, is_legal
 
 # Sections and keys that do not shape what is learnt: two configs that differ in them alone are one run.
 OUTSIDE = (
@@ -34,23 +35,6 @@ OUTSIDE = (
     "data.cache",
     "train.log_every",
 )
-
-LONGEST = 200  # bytes of a run's name; file systems take 255 for a name
-
-
-@dataclass
-class RunConfig:
-    name: str | None = option(None, "none: made of the choices and the seed, never of the clock")
-    root: str = option("runs", "folder of all runs")
-    overwrite: bool = option(False, "replace a run of the same name that had another config")
-
-    def __post_init__(self) -> None:
-        if self.name is not None and (Path(self.name).name != self.name or self.name[:1] in ("", ".")):
-            raise UserError(f"run.name={self.name}: give one folder's name; run.root says where it lies")
-        if self.name is not None and not is_legal(self.name):
-            raise UserError(f"run.name={self.name}: give a name of at most {LONGEST} bytes without control characters")
-        if not self.root:
-            raise UserError("run.root is empty: give the folder of all runs, or . for this one")
 
 
 class RunFolder:
@@ -210,24 +194,11 @@ def legal(name: str) -> str:
     return made.encode()[: LONGEST - len(suffix)].decode(errors="ignore") + suffix
 
 
-def is_legal(name: str) -> bool:
-    """Whether it is one folder's name, of at most LONGEST bytes, all printable, and not hidden."""
-    return name.isprintable() and len(name.encode()) <= LONGEST and name[:1] not in ("", ".") and "/" not in name
-
-
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What shapes the training and differs: "optim.lr 0.1 -> 0.2" each. A key that is newer than old is left out."""
     before, after = flat(old), flat(new)
     keys = [key for key in before or after if not _outside(key) and before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config with its keys joined by dots."""
-    joined: dict[str, Any] = {}
-    for key, value in config.items():
-        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return joined
 
 
 def _outside(key: str) -> bool:

@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.runs.folder import RunConfig, RunFolder, flat
+from syncbn.trainer.option import flat
+from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.metric import CLASSIFICATION, Metric
+from syncbn.trainer.runs.options import RunConfig
 from syncbn.trainer.runs.pictures import Pictures, read_pictures
 
 NUMBER = re.compile(r"(?<![\w.])(?<!rank )(?<!at )-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")

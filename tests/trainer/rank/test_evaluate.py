@@ -11,9 +11,9 @@ from syncbn.trainer import config
 from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job import launch
+from syncbn.trainer.option import flat
 from syncbn.trainer.rank.evaluate import evaluate
 from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
-from syncbn.trainer.runs.folder import flat
 from syncbn.trainer.training.resume import load_checkpoint
 from tests.ranks import run_ranks
 from tests.trainer.trained import ranks_world, train

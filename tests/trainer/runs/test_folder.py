@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.runs.folder import RunConfig, RunFolder, differences, legal, name_of
+from syncbn.trainer.runs.folder import RunFolder, differences, legal, name_of
+from syncbn.trainer.runs.options import RunConfig
 
 CONFIG = as_dict(Config())
 
