@@ -146,9 +146,9 @@ BAD = {
 def test_a_sweep_that_cannot_be_is_refused_in_one_line_before_the_first_point(swept, tmp_path, words, said):
     if "hydra/sweeper=optuna" in words:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    code, said = swept(*words)
+    code, output = swept(*words)
     assert code == 2
-    (line,) = said.splitlines()
+    (line,) = output.splitlines()
     assert line.startswith("error: ")
     assert said in line
     assert not list(tmp_path.iterdir())
