@@ -21,6 +21,8 @@ SCRATCH = "SYNCBN_SCRATCH"  # in the environment of processes that load data
 
 @dataclass
 class LaunchConfig:
+    """How ranks start and wait. job/ alone reads max_restarts; its key is here as config.py, below job/, gathers it."""
+
     nproc: int | str = option("auto", "ranks that `python train.py` starts: auto is one per GPU, or 2 without GPUs")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     max_restarts: int = option(
