@@ -65,6 +65,7 @@ def test_sbatch_trains_over_both_nodes_and_leaves_one_whole_folder(undisturbed):
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "result.json", "report.html", "logs", "status.json",
         "metric_names.json",
+        "pictures",
     }  # fmt: skip
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank0.log", "rank1.log"}
     assert json.loads((folder / "result.json").read_text())["ranks"] == 2

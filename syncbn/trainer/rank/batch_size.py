@@ -39,9 +39,15 @@ class Speed:
 
 
 def settled(config: Config, ranks: World, start: Start | None) -> Config:
-    """The config with a number for data.batch_per_rank=auto, unless a start has its global batch. Collective."""
-    if config.data.batch_per_rank != data.AUTO or (start and start.global_batch):
+    """The config with a number for data.batch_per_rank=auto: that of a start, or one to be probed. Collective."""
+    if config.data.batch_per_rank != data.AUTO:
         return config
+    batch = -(-start.global_batch // ranks.size) if start and start.global_batch else probed(config, ranks)
+    return replace(config, data=replace(config.data, batch_per_rank=batch))
+
+
+def probed(config: Config, ranks: World) -> int:
+    """The images a rank that data.batch_per_rank=auto comes to on these ranks. Collective."""
     alone = replace(
         config,
         data=replace(config.data, batch_per_rank=1),
@@ -53,7 +59,7 @@ def settled(config: Config, ranks: World, start: Start | None) -> Config:
     best = batch_per_rank(parts, config, ranks)
     if ranks.rank == 0:
         print(f"data.batch_per_rank=auto: {best}", flush=True)
-    return replace(config, data=replace(config.data, batch_per_rank=best.batch_per_rank))
+    return best.batch_per_rank
 
 
 def batch_per_rank(parts: Parts, config: Config, ranks: World, clock: Clock = time.perf_counter) -> Speed:
