@@ -25,6 +25,7 @@ from syncbn.trainer.runs.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from syncbn.trainer.runs.options import CheckpointConfig
 from tests.launch.jobs import differing
 
 STATE = {
@@ -264,4 +265,4 @@ def test_a_copy_is_no_view():
 @pytest.mark.parametrize("bad", [{"every": 0}, {"keep": 0}, {"resume": ""}])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(UserError, match=f"checkpoint.{next(iter(bad))}="):
-        checkpoint.CheckpointConfig(**bad)
+        CheckpointConfig(**bad)
