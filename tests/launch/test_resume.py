@@ -151,6 +151,11 @@ def test_a_finished_run_is_not_trained_again_unless_asked(undisturbed, tmp_path)
     assert "is finished" in said
     assert "checkpoint.resume=none" in said
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+    text = (undisturbed / "report.html").read_bytes()
+    (undisturbed / "report.html").unlink()  # a job killed behind its result has written none
+    code, said = finished(PYTHON, *EVERYTHING, root=undisturbed.parent, TMPDIR=str(tmp_path))
+    assert (code, "is finished" in said) == (0, True)
+    assert (undisturbed / "report.html").read_bytes() == text
 
 
 @pytest.mark.slow

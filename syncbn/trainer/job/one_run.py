@@ -14,7 +14,7 @@ from syncbn.trainer.config import Config, as_dict, on_top_of, to_yaml, typed
 from syncbn.trainer.files import clear_scratch, scratch
 from syncbn.trainer.job.start import start_ranks
 from syncbn.trainer.rank.life import as_rank
-from syncbn.trainer.runs import lock
+from syncbn.trainer.report import page
 from syncbn.trainer.runs.folder import RunFolder, name_of
 from syncbn.trainer.training import resume
 
@@ -57,8 +57,11 @@ def is_finished(folder: RunFolder, config: Config) -> bool:
     """Whether the run has come to its end already, and is not to be trained anew; then it is told."""
     if config.checkpoint.resume == "none" or not folder.finished(as_dict(config)):
         return False
-    clear_scratch()  # that of a job killed at its very end
-    lock.clear(folder.path)
+    # A job may have been killed at its very end, behind the result
+    clear_scratch()
+    folder.unlock()
+    if not folder.report.exists():
+        page.write_report(folder.path)
     print(f"{folder.path} is finished: its figures are in {folder.result}; checkpoint.resume=none trains it anew")
     return True
 

@@ -122,6 +122,10 @@ class RunFolder:
             for path in folder.glob(f"*{BESIDE}"):
                 path.unlink()
 
+    def unlock(self) -> None:
+        """Remove the lock that a job has left which was killed at its very end."""
+        lock.clear(self.path)
+
     def refuse_elsewhere(self) -> None:
         """Raise if what lies at the folder's path is a link: what is written and removed there would be elsewhere."""
         if self.path.is_symlink():
