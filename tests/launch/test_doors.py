@@ -109,8 +109,8 @@ def test_commands_that_are_printed_can_be_pasted_whatever_the_run_is_called(tmp_
     (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
     for row, command in ("look", "wandb leet"), ("upload", "wandb sync"):
         (line,) = re.findall(rf"^{row} +(.*)", done.stdout, re.M)
-        done = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.splitlines() == [*command.split(), str(folder)]
+        pasted = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], cwd=ROOT, capture_output=True, text=True)
+        assert pasted.stdout.splitlines() == [*command.split(), str(folder)]
 
 
 def test_the_checkpoint_is_whole_and_holds_no_code(trained):
