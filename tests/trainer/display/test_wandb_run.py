@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[3]
 TRACK = [sys.executable, "-m", "tests.trainer.tracked"]
 SECRETS = {"WANDB_API_KEY": 8 * "plant", "A_TOKEN": "planted-in-the-environment"}
 TIMEOUT_S = 6.0  # a wandb-core takes about one to start, on two busy cores more
+PATIENT_S = 30.0  # where nothing happens to it: half of TIMEOUT_S was too short for its end beside other tests
 BLOCKED_S = 0.5  # a call that puts onto a queue takes 0.1 ms, but on a busy machine others have the core or the GIL
 EXIT_S = 10  # a Python that has imported torch, on a busy machine; wandb's telemetry alone would add 20
 
@@ -65,11 +66,11 @@ class Tracked:
             self.stderr = err.read()
             assert done.returncode == 0, self.stderr
             self.__dict__ |= json.loads(out.read().splitlines()[-1])
-        self.exit_s = ended_at - self.left_at
+        self.timeout_s, self.exit_s = timeout_s, ended_at - self.left_at
         self.files = Path(self.files)
 
     def waited_for_nothing(self):
-        return self.slowest_s < BLOCKED_S and self.finish_s < TIMEOUT_S + BLOCKED_S and self.exit_s < EXIT_S
+        return self.slowest_s < BLOCKED_S and self.finish_s < self.timeout_s + BLOCKED_S and self.exit_s < EXIT_S
 
 
 def is_whole(files):
@@ -99,7 +100,7 @@ def closed_port():
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    return Tracked(tmp_path_factory.mktemp("run"), run_id="0123abcd")
+    return Tracked(tmp_path_factory.mktemp("run"), run_id="0123abcd", timeout_s=PATIENT_S)
 
 
 def test_an_offline_run_is_whole(offline):
@@ -167,7 +168,7 @@ def test_a_run_goes_on_under_the_id_that_is_handed_over(offline):
 @pytest.mark.slow
 def test_the_newest_folder_of_a_run_that_goes_on_is_whole_and_alone_is_sent(offline):
     folders = offline.files.parent
-    then = Tracked(folders.parent, "gone-on", run_id="0123abcd")
+    then = Tracked(folders.parent, "gone-on", run_id="0123abcd", timeout_s=PATIENT_S)
     assert is_whole(then.files)
     paths = list(folders.glob("offline-run-*"))
     assert len(paths) == 2
