@@ -174,6 +174,7 @@ def test_wandb_is_alerted_and_keeps_maps_and_tables_offline(drifting):
         path.parent.parent.name + "/" + path.name.split("_60")[0] for path in run_file.parent.glob("files/media/*/*/*")
     }
     assert {name.split("_40_")[0] for name in media} == {
+        "images/pictures",
         *(f"images/map_{name}" for name in ("icc", "n_eff", "rank_z")),
         *(f"table/by_{name}" for name in ("icc", "n_eff", "rank_z")),
     }
