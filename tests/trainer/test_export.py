@@ -179,6 +179,12 @@ def test_another_size_can_be_given(exported, tmp_path):
         assert_close(torch.export.load(tmp_path / "program.pt2").module()(images), evaluated(exported)(images))
 
 
+def test_a_run_is_exported_from_within_its_own_folder(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(exported)
+    assert export.main([".", "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "weights.pt").read_bytes() == (exported / "export" / "weights.pt").read_bytes()
+
+
 def test_the_best_is_what_the_pointer_says(exported, copy, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)

@@ -47,7 +47,7 @@ def of_run(composed: DictConfig) -> Config:
 
 def of_checkpoint(composed: DictConfig, root: Path) -> Config:
     """That of an evaluation, which leaves its result below root: a checkpoint's own, and the command line on top."""
-    path, state = resume.load_checkpoint(Path(composed.checkpoint.resume))
+    path, state = resume.load_to_evaluate(composed.checkpoint.resume)
     config = on_top_of(state["config"], list(HydraConfig.get().overrides.task), path)
     run, launch = replace(config.run, root=str(root)), replace(config.launch, max_restarts=0)
     return replace(config, run=run, launch=launch)

@@ -9,11 +9,11 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import Classify
-from syncbn.trainer.tasks.task import Loss, Picture, Rows, Sums, Task
+from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
 
-__all__ = ["TASKS", "Loss", "Metric", "Picture", "Rows", "Sums", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Loss", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
 
 
 @dataclass

@@ -15,9 +15,6 @@ from syncbn.trainer.runs.metric import Metric
 Sums = dict[str, Tensor]
 """Totals over samples, of any shape: they add up over batches and ranks, in float64."""
 
-Rows = dict[str, Sequence[Tensor]]
-"""For each sample a tensor [n, ...] of its own length: they are gathered over batches and ranks, in float64."""
-
 
 class Loss(NamedTuple):
     """The loss of a batch: a sum over all that counts in it, [], and how much that is, [].
@@ -87,7 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        """The sums of a batch in eval, and the rows, a tensor for each sample."""
+        """The sums of a batch in eval, and the rows: for each sample a tensor [n, ...] of its own length."""
 
     @abstractmethod
     def figures(self, sums: Mapping[str, Any]) -> dict[str, float]:

@@ -131,13 +131,22 @@ def find_start_at(path: Path, ranks: World) -> Start:
     return start
 
 
+def load_to_evaluate(resume: str) -> tuple[Path, State]:
+    """The checkpoint that checkpoint.resume names for task=evaluate, as `load_checkpoint` has it.
+
+    Raises UserError if it names none, and as that does.
+    """
+    path = Path(resume)
+    if str(path) in ("auto", "none", "."):
+        raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
+    return load_checkpoint(path)
+
+
 def load_checkpoint(path: Path) -> tuple[Path, State]:
     """The checkpoint in a file or at a pointer, or the latest in a run's folder.
 
-    Raises UserError if there is none that is whole, or if the path is what checkpoint.resume has for none.
+    Raises UserError if there is none that is whole.
     """
-    if str(path) in ("auto", "none", "."):
-        raise UserError("task=evaluate evaluates a checkpoint: give checkpoint=FILE, or a run's folder, runs/NAME")
     path, payload = _checkpoint_at(path)
     return path, parse_checkpoint(payload)
 

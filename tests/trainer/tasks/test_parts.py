@@ -137,6 +137,21 @@ def test_a_model_that_lacks_a_part_is_refused():
     assert "optimises critic, generator, and model.name=resnet8 has no critic, generator: give a model" in text
 
 
+def no_graph(rank):
+    config = typed(NAMES)
+    parts = build(config, ranks_world(rank))
+    config.train.cuda_graph = True  # on a GPU, where it can be
+    with pytest.raises(UserError) as error:
+        assemble(parts, config, ranks_world(rank))
+    return str(error.value)
+
+
+def test_several_parts_in_a_cuda_graph_are_refused():
+    (text,) = run_ranks(no_graph, 1)
+    assert "which optimises critic, generator in turn" in text
+    assert text.endswith("train.cuda_graph=false")
+
+
 def test_the_probe_of_a_batch_takes_a_step_of_each_part():
     (calls,) = run_ranks(probed, 1)
     assert calls == ["critic", "generator"]
