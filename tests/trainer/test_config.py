@@ -17,7 +17,7 @@ BAD = {
     "+x=1": "x: no such key",
     "+train.speed=1": "train.speed: no such key; did you mean",
     "norm=foo": "norm=foo: no such choice; choose one of batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance",
-    "data=cifar": "data=cifar: no such choice; choose one of cifar10, cifar100, digits, fake, fashion_mnist",
+    "data=cifar": "data=cifar: no such choice; choose one of cifar10, cifar100, digit_scenes, digits, fake, fashion_mnist",
     "experiment=none": "experiment=none: no such choice; choose one of cifar10",
     "norm.name=foo": "norm=foo: choose one of sync, local, torch",
     "optim.name=lion": "optim=lion: choose one of sgd, adamw",

@@ -26,12 +26,16 @@ AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: rank/batch_s
 class AugmentConfig:
     pad: int = option(0, "pixels of black border before a random crop to the old size")
     flip: bool = option(False, "left-right, half the time")
+    scale: list[float] = option(lambda: [1.0, 1.0], "with masks: a factor of the size, drawn from this range")
+    photometric: bool = option(False, "with masks: brightness, contrast, saturation and hue, by chance")
     policy: str = option("none", "none, rand (RandAugment) or trivial (TrivialAugmentWide)")
     erase: float = option(0.0, "probability of blanking a random rectangle")
     mixup: float = option(0.0, "alpha of the Beta distribution; 0 is off")
     cutmix: float = option(0.0, "alpha of the Beta distribution; 0 is off; with mixup too, one of both is drawn")
 
     def __post_init__(self) -> None:
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"data.augment.scale={self.scale}: give two factors above 0, the smaller first: [0.5,2.0]")
         if self.policy not in ("none", "rand", "trivial"):
             raise UserError(f"data.augment.policy={self.policy}: choose one of none, rand, trivial")
         for name in "pad", "mixup", "cutmix":
@@ -53,11 +57,14 @@ class DataConfig:
     workers: int = option(0, "processes per rank that decode and augment; 0: the rank itself")
     cache: bool = option(False, "keep decoded images in memory")
     skip_broken: bool = option(False, "leave unreadable images out, counted, instead of stopping")
-    size: int = option(0, "side in pixels to crop to (random scale in training, centre in eval); 0: as they are")
+    size: int = option(
+        0, "side in pixels to crop to (classes: random scale in training, centre in eval); 0: as they are"
+    )
     mean: list[float] = option(lambda: [0.5], "of pixels in 0..1, per colour")
     std: list[float] = option(lambda: [0.25], "of pixels in 0..1, per colour; a pixel becomes (pixel - mean) / std")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
+    scenes: int = option(600, "data=digit_scenes: training scenes; a quarter as many for eval")
     fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
     fake_classes: int = option(10, "data=fake: classes")
 
@@ -66,7 +73,7 @@ class DataConfig:
             raise UserError(f"data.name={self.name}: choose one of {', '.join(SOURCES)}")
         if self.batch_per_rank != AUTO and (not isinstance(self.batch_per_rank, int) or self.batch_per_rank < 1):
             raise UserError(f"data.batch_per_rank={self.batch_per_rank}: give 1 or more, or auto")
-        for name in "eval_batch_per_rank", "fake_samples", "fake_classes":
+        for name in "eval_batch_per_rank", "scenes", "fake_samples", "fake_classes":
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
         for name in "workers", "size", "train_images":
@@ -179,7 +186,7 @@ def build(
         raise UserError(
             f"{batch}, {accumulate} times a step, takes {sampler.step_size} images and there are {len(train)}: lower it"
         )
-    training, evaluation = _samples(config, train, test, seed=seed, stacked=stacked)
+    training, evaluation = _samples(config, train, test, seed=seed, targets=targets, stacked=stacked)
     eval_sampler = EvalSampler(len(test), batch_per_rank=config.eval_batch_per_rank, **ranks)
     shown = min(SHOWN, len(test))
 
@@ -220,11 +227,15 @@ def _images(config: DataConfig, targets: str) -> tuple[Images, Images]:
     return Spread(train, config.train_images) if config.train_images else train, test
 
 
-def _samples(config: DataConfig, train: Images, test: Images, *, seed: int, stacked: bool) -> tuple[Samples, Samples]:
+def _samples(
+    config: DataConfig, train: Images, test: Images, *, seed: int, targets: str, stacked: bool
+) -> tuple[Samples, Samples]:
     """The same, as they go into batches."""
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
 
     mix = transforms.for_batches(config.augment, len(train.classes))
+    if mix and targets != "classes":
+        raise UserError(f"data.augment.mixup and data.augment.cutmix mix classes, and not {targets}: set both to 0")
     if mix and not stacked:
         raise UserError(
             "data.augment.mixup and data.augment.cutmix mix images of one size, and those of this task have each its "
@@ -234,10 +245,12 @@ def _samples(config: DataConfig, train: Images, test: Images, *, seed: int, stac
         "seed": seed,
         "skip_broken": config.skip_broken,
         "cache": config.cache,
-        "stacked": stacked,
+        "targets": targets,
     }
-    training = Samples(train, transforms.for_training(config), mix=mix, **common)
-    return training, Samples(test, transforms.for_eval(config), **common)
+    for_training, for_eval = transforms.of_targets(config, targets)
+    training = Samples(train, for_training, mix=mix, stacked=stacked, **common)
+    # With masks, images are evaluated as they are, each at its own size
+    return training, Samples(test, for_eval, stacked=stacked and targets == "classes", **common)
 
 
 def _as_they_are(batch: Any) -> Any:

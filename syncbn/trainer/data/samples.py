@@ -40,19 +40,23 @@ class Samples(torch.utils.data.Dataset):
     def __init__(
         self,
         images: Images,
-        transform: Callable[[Tensor], Tensor],
+        transform: Callable[[Tensor, Any], tuple[Tensor, Any]],
         *,
         seed: int,
         mix: "v2.Transform | None" = None,
         skip_broken: bool = False,
         cache: bool = False,
         stacked: bool = True,
+        targets: str = "classes",
     ):
-        """stacked: whether the images of a batch are one tensor, or a list, each of its own size."""
+        """
+        transform: of an image and its target. targets: what these are, one of TARGETS.
+        stacked: whether the images of a batch, and masks, are one tensor, or a list, each of its own size.
+        """
         self.images, self.transform, self.mix = images, transform, mix
-        self.seed, self.skip_broken, self.stacked = seed, skip_broken, stacked
+        self.seed, self.skip_broken, self.stacked, self.targets = seed, skip_broken, stacked, targets
         self.shape: torch.Size | None = None  # of the images so far: what an empty batch pretends to hold
-        self.decoded: dict[int, tuple[Tensor, int]] | None = {} if cache else None
+        self.decoded: dict[int, tuple[Tensor, Any]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,22 +71,23 @@ class Samples(torch.utils.data.Dataset):
             torch.set_rng_state(state)
 
     def _batch(self, keys: list[Key]) -> Batch:
-        images, labels, kept = [], [], []
+        images, targets, kept = [], [], []
         for epoch, index in keys:
             try:
-                image, label = self._load(index)
+                image, target = self._load(index)
             except UserError:
                 if not self.skip_broken:
                     raise
                 continue
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            images.append(self.transform(image))
-            labels.append(label)
+            image, target = self.transform(image, target)
+            images.append(image)
+            targets.append(target)
             kept.append((epoch, index))
         places = tuple(index for _, index in kept)
         batch = Batch(
             self._stacked(images) if self.stacked else images,
-            torch.tensor(labels, dtype=torch.int64),
+            self._joined(targets),
             len(keys) - len(kept),
             places,
         )
@@ -97,6 +102,13 @@ class Samples(torch.utils.data.Dataset):
         self.shape = images[0].shape
         return torch.stack(images)
 
+    def _joined(self, targets: list[Any]) -> Any:
+        if self.targets == "classes":
+            return torch.tensor(targets, dtype=torch.int64)
+        if not self.stacked:
+            return targets
+        return torch.stack(targets) if targets else torch.zeros(0, *self._shape()[1:], dtype=torch.uint8)
+
     def _mixed(self, batch: Batch, keys: list[Key], mix: "v2.Transform") -> Batch:
         # In neighbouring pairs, so that what is mixed does not depend on how many ranks share a step's samples
         images, labels = batch.images.float(), []
@@ -109,12 +121,12 @@ class Samples(torch.utils.data.Dataset):
     def _shape(self) -> torch.Size:
         if self.shape is None:
             try:
-                self.shape = self.transform(self._load(0)[0]).shape
+                self.shape = self.transform(*self._load(0))[0].shape
             except UserError:  # it is broken, and another rank's to tell
                 return torch.Size([3, 32, 32])
         return self.shape
 
-    def _load(self, index: int) -> tuple[Tensor, int]:
+    def _load(self, index: int) -> tuple[Tensor, Any]:
         if self.decoded is not None and index in self.decoded:
             return self.decoded[index]
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from syncbn.trainer.data import pixels
 from syncbn.trainer.data.folders import train_and_eval
+from syncbn.trainer.data.scenes import Scenes
 from syncbn.trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], label); where(i) names image i in a message.
+    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], target); where(i) names image i in a message.
+
+    A target is a class, or a mask of classes, uint8 [H, W], in which 255 counts for nothing.
 
     fingerprint_parts() tell them from others of the same number and classes, without reading any: labels, file names.
     notes: what of the data set is not among them, for its user to know.
@@ -32,7 +35,7 @@ class Images(Protocol):
     def notes(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
     def where(self, index: int) -> str: ...
     def fingerprint_parts(self) -> Iterator[bytes]: ...
 
@@ -114,7 +117,7 @@ class Spread:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[self.kept[index]]
 
     def where(self, index: int) -> str:
@@ -217,6 +220,17 @@ def fake(config: "DataConfig") -> tuple[Images, Images]:
     return train, test
 
 
+def digit_scenes(config: "DataConfig") -> tuple[Images, Images]:
+    """Scenes of the digits' training scans, and a quarter as many of their eval scans."""
+    train, test = digits(config)
+    assert isinstance(train, InMemory)
+    assert isinstance(test, InMemory)
+    return (
+        Scenes(train.images, train.labels, config.scenes, seed=0),
+        Scenes(test.images, test.labels, max(1, config.scenes // 4), seed=1),
+    )
+
+
 # By the name of the source, that of torchvision's class
 ARCHIVES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 
@@ -227,10 +241,12 @@ SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "imagenet": imagenet,
     "image_folder": image_folder,
     "fake": fake,
+    "digit_scenes": digit_scenes,
 }
 
 # What images come with, and the sources that have it
-TARGETS = {"classes": tuple(SOURCES)}
+WITH_MASKS = ("digit_scenes",)
+TARGETS = {"classes": tuple(name for name in SOURCES if name not in WITH_MASKS), "masks": WITH_MASKS}
 
 
 def refuse_missing(config: "DataConfig", targets: str = "classes") -> None:

@@ -1,13 +1,78 @@
-"""What an image goes through before it is stacked, and a batch after it."""
+"""What an image and its target go through before they are stacked, and a batch after it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 if TYPE_CHECKING:
     from syncbn.trainer.data import AugmentConfig, DataConfig
+
+
+Transform = Callable[[Tensor, Any], tuple[Tensor, Any]]
+
+IGNORED = 255  # in a mask, where an image was padded
+
+
+def of_targets(config: "DataConfig", targets: str) -> tuple[Transform, Transform]:
+    """For training and for eval: of images alone, or of each with its mask, at its own size in eval."""
+    if targets == "masks":
+        return WithMask(mask_steps(config)), WithMask([])
+    return ImageAlone(for_training(config)), ImageAlone(for_eval(config))
+
+
+class ImageAlone:
+    """Leaves the target as it is."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Tensor, target: Any) -> tuple[Tensor, Any]:
+        return self.transform(image), target
+
+
+class WithMask:
+    """Does the same to an image and to its mask, whose classes are never mixed."""
+
+    def __init__(self, steps: Sequence[nn.Module]):
+        self.transform = v2.Compose(steps or [v2.Identity()])
+
+    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        image, target = self.transform(tv_tensors.Image(image), tv_tensors.Mask(target))
+        return image.as_subclass(Tensor), target.as_subclass(Tensor)
+
+
+def mask_steps(config: "DataConfig") -> list[nn.Module]:
+    """The augmentation of a training image with its mask; a crop that is larger than both is padded."""
+    augment, steps = config.augment, []
+    if augment.scale != [1.0, 1.0]:
+        steps.append(RandomScale(*augment.scale))
+    if config.size:
+        fill: Any = {tv_tensors.Image: [255 * mean for mean in config.mean], tv_tensors.Mask: IGNORED}
+        steps.append(v2.RandomCrop(config.size, pad_if_needed=True, fill=fill))
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augment.photometric:
+        steps.append(v2.RandomPhotometricDistort())
+    return steps
+
+
+class RandomScale(nn.Module):
+    """Image and mask at a factor of their size that is drawn from a range."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        factor = float(torch.empty(()).uniform_(self.low, self.high))
+        size = [max(1, round(factor * side)) for side in image.shape[-2:]]
+        # A Mask takes the nearest pixel, as F does it
+        return F.resize(image, size, antialias=True), F.resize(mask, size)
 
 
 def for_training(config: "DataConfig") -> v2.Transform:

@@ -19,7 +19,7 @@ class Screen:
 
     def __init__(self, steps: int, console: Console | None = None, metrics: Sequence[Metric] = ()):
         """metrics: what is shown of each training window and evaluation, in this order."""
-        self.steps, self.metrics = steps, metrics
+        self.steps, self.metrics = steps, [metric for metric in metrics if not metric.detail]
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.windows: list[tuple[int, dict[str, float]]] = []  # training figures since the last evaluation
         self.read_at = 0

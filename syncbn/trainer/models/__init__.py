@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from syncbn.trainer.errors import UserError, some
 from syncbn.trainer.models import weights
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.option import option
 
 
@@ -25,7 +26,8 @@ class ModelConfig:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
+    **{f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "unet": UNet,
 }
 
 

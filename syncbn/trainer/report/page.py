@@ -186,6 +186,8 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
     names = {key.partition("/")[2].removeprefix("recalibrated_") for key in keys}.difference(NOT_LEARNT)
     metrics = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
     first = [name for name in metrics if name in names]
+    names -= {name for name, metric in metrics.items() if metric.detail}
+    first = [name for name in first if name in names]
     for name in [*first, *sorted(names.difference(first))]:
         unit = metrics[name].unit if name in metrics else ""
         percent = unit == "%"

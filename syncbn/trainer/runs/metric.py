@@ -14,12 +14,14 @@ class Metric:
         unit: "%" for a share of 1, which people read in per cent; px, dB, ...; empty: a bare number.
         better: which of two values is the better one.
         headline: the one that a run is judged by.
+        detail: of one class, say: in files and closing tables, but not in lines and curves of a training.
     """
 
     name: str
     unit: str = ""
     better: Literal["more", "less"] = "more"
     headline: bool = False
+    detail: bool = False
 
     def best(self, values: Iterable[float]) -> float:
         return max(values) if self.better == "more" else min(values)

@@ -9,6 +9,7 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import Classify
+from syncbn.trainer.tasks.segment import Segment
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
@@ -73,5 +74,6 @@ def _misfit(task: object) -> str | None:
 
 
 TASKS: dict[str, Callable[[TaskConfig, Sequence[str] | None], Task]] = {
-    "classify": lambda config, classes: Classify(config.label_smoothing, classes)
+    "classify": lambda config, classes: Classify(config.label_smoothing, classes),
+    "segment": lambda config, classes: Segment(classes, config.label_smoothing),
 }

@@ -1,0 +1,85 @@
+"""Scenes with real handwritten digits in them: any number, each drawn from its number alone, with masks."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from syncbn.trainer.data.sampler import seed_of
+
+SMALLEST, LARGEST = 64, 96  # sides of a canvas, in pixels
+DIGITS = (3, 6)  # of a scene, from and to
+SIDES = (18, 30)  # of a digit, in pixels
+TRIES = 8  # to find a place for a digit
+INK = 0.4  # of the darkest: what is darker is of the digit
+
+
+class Scenes:
+    """Digit scans laid on textured canvases, as Images: [i] is (uint8 [3, H, W], its mask [H, W]).
+
+    A pixel's class is 0, the background, or 1 more than the digit that covers it. Scenes are 64 to 96 pixels high and
+    wide, each as (seed, i) has it.
+
+    Args:
+        scans: [N, 1, 8, 8], 0..255. labels: of the scans, 0 to 9.
+        number: of scenes.
+        seed: another one is other scenes.
+    """
+
+    notes: Sequence[str] = ()
+    classes: Sequence[str] = ("background", *map(str, range(10)))
+
+    def __init__(self, scans: Tensor, labels: Sequence[int], number: int, seed: int):
+        self.scans, self.labels, self.number, self.seed = scans, labels, number, seed
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(seed_of(self.seed, index))
+        height, width = torch.randint(SMALLEST, LARGEST + 1, (2,), generator=draw).tolist()
+        scene = texture(height, width, draw)
+        mask = torch.zeros(height, width, dtype=torch.uint8)
+        digits = int(torch.randint(DIGITS[0], DIGITS[1] + 1, (), generator=draw))
+        for scan in torch.randint(len(self.scans), (digits,), generator=draw).tolist():
+            side = int(torch.randint(SIDES[0], SIDES[1] + 1, (), generator=draw))
+            place = free_place(mask, side, draw)
+            if place is None:
+                continue
+            ink = F.interpolate(self.scans[scan][None].float() / 255, (side, side), mode="bilinear")[0]
+            colour = contrast(scene[place].mean((1, 2)), draw)
+            scene[place].lerp_(colour.view(3, 1, 1), ink.clamp(0, 1))
+            mask[place[1:]][ink[0] > INK] = 1 + self.labels[scan]
+        return scene.mul(255).round().byte(), mask
+
+    def where(self, index: int) -> str:
+        return f"scene {index}"
+
+    def fingerprint_parts(self) -> Iterator[bytes]:
+        yield repr((self.number, self.seed, [*self.labels])).encode()
+
+
+def free_place(mask: Tensor, side: int, draw: torch.Generator) -> tuple[slice, slice, slice] | None:
+    """Where of an image [3, H, W] a square may lie that covers no digit; None if a few tries come to no such place."""
+    for _ in range(TRIES):
+        top, left = (int(torch.randint(size - side + 1, (), generator=draw)) for size in mask.shape)
+        place = slice(None), slice(top, top + side), slice(left, left + side)
+        if not mask[place[1:]].any():
+            return place
+    return None
+
+
+def texture(height: int, width: int, draw: torch.Generator) -> Tensor:
+    """A canvas [3, H, W] in 0..1: spots of two sizes, and grain."""
+    canvas = 0.25 + 0.5 * torch.rand(3, 1, 1, generator=draw)
+    for cells, strength in (3, 0.25), (12, 0.12):
+        spots = torch.rand(1, 3, cells, cells, generator=draw) - 0.5
+        canvas = canvas + strength * F.interpolate(spots, (height, width), mode="bicubic")[0]
+    return (canvas + 0.04 * torch.randn(3, height, width, generator=draw)).clamp(0, 1)
+
+
+def contrast(background: Tensor, draw: torch.Generator) -> Tensor:
+    """A colour [3] that stands out from another: nearer to white where that is dark, and the other way round."""
+    far = torch.where(background.mean() < 0.5, 1.0, 0.0)
+    return (far + 0.35 * (torch.rand(3, generator=draw) - 0.5)).clamp(0, 1)

@@ -1,0 +1,169 @@
+"""Segmentation: exact for any share of the pixels that count, over any number of ranks."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn.trainer import norms
+from syncbn.trainer.config import typed
+from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
+from syncbn.trainer.models.unet import UNet
+from syncbn.trainer.rank.build import build
+from syncbn.trainer.tasks.segment import IGNORED, Segment
+from syncbn.trainer.training.bad_steps import Guard
+from syncbn.trainer.training.evaluation import evaluate
+from syncbn.trainer.training.loop import optimiser_step
+from syncbn.trainer.training.options import TrainConfig
+from syncbn.trainer.training.state import Training
+from syncbn.trainer.training.totals import Totals
+from tests.launch.jobs import PYTHON, finished
+from tests.ranks import run_ranks
+from tests.trainer.tasks.given import Given
+from tests.trainer.trained import ranks_world
+
+CLASSES = ["ground", "tree", "sky"]
+
+
+def samples(ignored):
+    """Images of 9×7 pixels with masks, of which so many pixels each count for nothing."""
+    torch.manual_seed(1)
+    images = torch.randn(len(ignored), 3, 9, 7, dtype=torch.float64)
+    masks = torch.randint(3, (len(ignored), 9, 7), dtype=torch.uint8)
+    for mask, number in zip(masks, ignored, strict=True):
+        mask.view(-1)[:number] = IGNORED
+    return images, masks
+
+
+def step(rank, images, masks):
+    """The weights after a step of SGD at a rate of 1 on this rank's images."""
+    world = ranks_world(rank)
+    torch.manual_seed(0)
+    model, _ = norms.convert(UNet(3, depth=2, width=2).double(), norms.NormConfig(), norms.Place(world.device, 3))
+    nn.init.normal_(model.head.weight)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    task, data = Segment(CLASSES), Given(sum(map(len, images)))
+    training = Training(ddp, task, data, optimizer, None, Guard(model, optimizer), Totals(task.shapes, world))
+    _, [(sums, _, _)] = optimiser_step(training, TrainConfig(), world, [Batch(images[rank], masks[rank])])
+    return model.state_dict(), sums
+
+
+IGNORES = {"unevenly": [5, 60, 0], "one-rank-wholly": [0, 63, 20], "all": [63, 63, 63]}
+
+
+@pytest.mark.parametrize("ignored", IGNORES.values(), ids=IGNORES)
+def test_ranks_of_one_image_equal_one_rank_with_all(ignored):
+    images, masks = samples(ignored)
+    ((want, whole),) = run_ranks(step, 1, [images], [masks])
+
+    ranks = run_ranks(step, 3, images.split(1), masks.split(1))
+
+    for weights, _ in ranks:
+        torch.testing.assert_close(weights, want, rtol=1e-10, atol=1e-12)
+    assert torch.equal(sum(sums["matrix"] for _, sums in ranks), whole["matrix"])
+    assert whole["pixels"] == 3 * 63 - sum(ignored)
+
+
+def test_the_loss_is_torchs_mean_over_the_pixels_that_count():
+    images, masks = samples([5, 60, 0])
+    scores = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    loss = Segment(CLASSES).loss(lambda _: scores, Batch(images, masks))
+    want = F.cross_entropy(scores, masks.long(), ignore_index=IGNORED)
+    torch.testing.assert_close(loss.total / loss.weight, want)
+
+
+def test_figures_by_hand():
+    """Two classes are there and a third is only guessed: it has no figure, and spoils those it was taken for."""
+    truth = torch.tensor([[[0, 0, 0, 1], [1, 1, IGNORED, IGNORED]]], dtype=torch.uint8)
+    taken = torch.tensor([[[0, 0, 1, 1], [1, 2, 0, 2]]])
+    task = Segment(CLASSES)
+    sums = task.evaluate(lambda _: 9.0 * F.one_hot(taken, 3).permute(0, 3, 1, 2), Batch(torch.zeros(1, 3, 2, 4), truth))
+    figures = task.figures(sums)
+    assert figures.keys() == {"miou", "pixel_accuracy", "loss", "iou_ground", "iou_tree"}
+    assert (figures["iou_ground"], figures["iou_tree"]) == (2 / 3, 2 / 4)
+    assert figures["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert figures["pixel_accuracy"] == 4 / 6
+
+
+def test_an_eval_without_a_pixel_that_counts_is_no_error():
+    task = Segment(CLASSES)
+    model = UNet(3, depth=1, width=2)
+    nothing = torch.full((2, 4, 4), IGNORED, dtype=torch.uint8)
+    for batch in Batch(torch.zeros(2, 3, 4, 4), nothing), Batch([], []):
+        assert task.figures(task.evaluate(model, batch)) == {"miou": 0.0, "pixel_accuracy": 0.0, "loss": 0.0}
+
+
+def evaluated(rank):
+    config = typed(
+        {
+            "data": {"name": "digit_scenes", "scenes": 68, "size": 64, "mean": [0.5] * 3, "std": [0.3] * 3},
+            "task": {"name": "segment"},
+            "model": {"name": "unet"},
+        }
+    )
+    world = ranks_world(rank)
+    parts = build(config, world)
+    torch.manual_seed(0)
+    nn.init.normal_(parts.model.head.weight)
+    return evaluate(parts.model, parts.task, parts.data.eval, TrainConfig(), world)
+
+
+def test_figures_are_the_same_to_the_last_digit_for_any_number_of_ranks():
+    (want,) = run_ranks(evaluated, 1)
+    assert want["eval/images"] == 17
+    assert 0 < want["eval/miou"] < 0.2
+    for ranks in 2, 3:
+        for figures in run_ranks(evaluated, ranks):
+            assert {n: v for n, v in figures.items() if n != "eval/loss"} == {
+                n: v for n, v in want.items() if n != "eval/loss"
+            }
+            # Ranks have fewer threads each, and convolutions then add up in another order
+            assert figures["eval/loss"] == pytest.approx(want["eval/loss"], rel=1e-6)
+
+
+def test_a_model_of_one_score_an_image_is_refused():
+    with pytest.raises(UserError, match=r"gives scores \[2, 3\] for images \[2, 3, 9, 7\]: its forward must return"):
+        Segment(CLASSES).loss(lambda images: torch.zeros(2, 3), Batch(torch.zeros(2, 3, 9, 7), torch.zeros(2, 9, 7)))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 1), (65, 71)], ids=str)
+def test_the_unet_takes_images_of_any_size(size):
+    model = UNet(5, depth=3, width=2).eval()
+    assert model(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
+    assert model(torch.zeros(0, 3, *size)).shape == (0, 5, *size)
+
+
+def test_pictures_are_image_truth_and_prediction_with_a_legend():
+    task = Segment(CLASSES)
+    scores = torch.zeros(1, 3, 4, 6)
+    scores[:, 1] = 1.0
+    mask = torch.ones(4, 6, dtype=torch.uint8)
+    mask[0] = 0
+    pixels = [torch.full((3, 4, 6), 7, dtype=torch.uint8)]
+    legend, picture = task.pictures(lambda _: scores, Batch([torch.zeros(3, 4, 6)], [mask]), pixels)
+    assert legend.caption == "0 ground, 1 tree, 2 sky"
+    assert (legend.image.shape, picture.image.shape) == ((3, 16, 48), (3, 4, 6 * 3 + 2 * 2))
+    assert picture.caption == "image, truth, prediction: 75% of the pixels"
+    assert torch.equal(picture.image[:, 1:, 8:14], picture.image[:, 1:, 16:])
+    assert not torch.equal(picture.image[:, :1, 8:14], picture.image[:, :1, 16:])
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_a_run_leaves_figures_pictures_and_a_program(tmp_path):
+    words = ["task=segment", "train.steps=30", "launch.nproc=2", "run.name=r", "data.scenes=60"]
+    code, said = finished(PYTHON, *words, root=tmp_path)
+    assert code == 0, said
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["objective"] == result["metrics"]["eval/miou"]
+    assert math.isfinite(result["metrics"]["eval/loss"])
+    assert "eval/iou_background" in said
+    assert len(list((tmp_path / "r" / "pictures").glob("*.png"))) == 9
+    code, said = finished(PYTHON, "task=evaluate", f"checkpoint={tmp_path / 'r'}", root=tmp_path / "none")
+    assert (code, f"{result['objective']:.2%}" in said) == (0, True), said
