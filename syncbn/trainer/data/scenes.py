@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from syncbn.trainer.data.sampler import seed_of
 
 SMALLEST, LARGEST = 64, 96  # sides of a canvas, in pixels
-DIGITS = (3, 6)  # of a scene, from and to
-SIDES = (18, 30)  # of a digit, in pixels
+DIGITS = (5, 9)  # of a scene, from and to
+SIDES = (16, 24)  # of a digit, in pixels
 TRIES = 8  # to find a place for a digit
 INK = 0.4  # of the darkest: what is darker is of the digit
 

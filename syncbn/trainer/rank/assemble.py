@@ -17,6 +17,8 @@ from syncbn.trainer.world import World
 
 def assemble(parts: Parts, config: Config, ranks: World) -> Training:
     """The parts joined over the ranks. Collective."""
+    with ranks.together():
+        parts.task.prepare(parts.data)
     average = Average(parts.model, config.train.ema) if config.train.ema else None
     if config.train.compile:
         parts.model.compile(fullgraph=True)

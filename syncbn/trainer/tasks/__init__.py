@@ -1,7 +1,7 @@
 """What is learnt, by name: a task is one file, and all that the rest of the trainer knows of it is here."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 
 from syncbn.trainer.data import TARGETS
@@ -9,7 +9,7 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import Classify
-from syncbn.trainer.tasks.segment import Segment
+from syncbn.trainer.tasks.segment import Objective, Segment
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
@@ -22,6 +22,10 @@ class TaskConfig:
     name: str = option("classify", "or your own: package.module:builder")
     mode: str = option("train", "train; or evaluate, by task=evaluate: the figures of checkpoint=PATH and no more")
     label_smoothing: float = option(0.0, "share of a label spread over all classes (Szegedy et al. 2016)")
+    class_weights: str = option("none", "segment: auto weighs classes by how few training pixels they have (ENet)")
+    dice: float = option(0.0, "segment: weight of the Dice loss of each image beside the cross-entropy")
+    ohem: float = option(0.0, "segment: only pixels whose true class has less than this probability count; 0: all")
+    aux_weight: float = option(0.4, "segment: weight of the loss of the model's auxiliary head, where it has one")
 
     def __post_init__(self) -> None:
         if self.name not in TASKS and ":" not in self.name:
@@ -30,6 +34,13 @@ class TaskConfig:
             raise UserError(f"task.mode={self.mode}: choose one of train, evaluate")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task.label_smoothing={self.label_smoothing}: give a share from 0 up to 1")
+        if self.class_weights not in ("none", "auto"):
+            raise UserError(f"task.class_weights={self.class_weights}: choose one of none, auto")
+        if not 0 <= self.ohem <= 1:
+            raise UserError(f"task.ohem={self.ohem}: give a probability, such as 0.7, or 0 for all pixels")
+        for name in "dice", "aux_weight":
+            if getattr(self, name) < 0:
+                raise UserError(f"task.{name}={getattr(self, name)}: give 0 (off) or more")
 
 
 def build(config: TaskConfig, classes: Sequence[str] | None = None) -> Task:
@@ -73,7 +84,11 @@ def _misfit(task: object) -> str | None:
     return None
 
 
+def _objective(config: TaskConfig) -> Objective:
+    return Objective(**{key.name: getattr(config, key.name) for key in fields(Objective)})
+
+
 TASKS: dict[str, Callable[[TaskConfig, Sequence[str] | None], Task]] = {
     "classify": lambda config, classes: Classify(config.label_smoothing, classes),
-    "segment": lambda config, classes: Segment(classes, config.label_smoothing),
+    "segment": lambda config, classes: Segment(classes, _objective(config)),
 }

@@ -1,6 +1,7 @@
 """Semantic segmentation: a class for each pixel, judged by the mean intersection over union."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from syncbn.trainer.data import Batch
+from syncbn.trainer.data import Batch, Data, class_pixels
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import find_scores
@@ -23,6 +24,17 @@ PALETTE = (
 GREY = (128, 128, 128)  # what is ignored
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised; the keys of the config's task section have the same names and say what they are."""
+
+    class_weights: str = "none"
+    dice: float = 0.0
+    ohem: float = 0.0
+    aux_weight: float = 0.4
+    label_smoothing: float = 0.0
+
+
 class Segment(Task):
     """Cross-entropy over the pixels of all ranks that count; figures from one matrix [truth, prediction] of pixels.
 
@@ -35,8 +47,8 @@ class Segment(Task):
     weighs = "values"
     targets = "masks"
 
-    def __init__(self, classes: Sequence[str] | None = None, label_smoothing: float = 0.0):
-        self.classes, self.label_smoothing = classes or (), label_smoothing
+    def __init__(self, classes: Sequence[str] | None = None, options: Objective | None = None):
+        self.classes, self.options = classes or (), options or Objective()
         self.outputs = len(self.classes) or None
         self.metrics = (
             Metric("miou", "%", headline=True),
@@ -44,26 +56,42 @@ class Segment(Task):
             Metric("loss", better="less"),
             *(Metric(f"iou_{name}", "%", detail=True) for name in self.classes),
         )
-        self.shapes = {"loss": (), "pixels": (), "matrix": (len(self.classes),) * 2}
+        self.shapes = {"loss": (), "weight": (), "matrix": (len(self.classes),) * 2}
+        self.class_weights: Tensor | None = None  # [K]; None: 1 of each
+
+    def prepare(self, data: Data) -> None:
+        if self.options.class_weights == "auto":
+            self.class_weights = rarity(class_pixels(data.training)).to(data.train.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         output = model(batch.images)
         scores = self._scores(output, batch.images)
-        total = self._cross_entropy(scores, batch.labels)
-        sums = self._sums(scores, batch.labels, total)
-        return Loss(total, sums["pixels"], sums)
+        weights = self._pixel_weights(scores, batch.labels)
+        total = self._objective(scores, batch.labels, weights)
+        if isinstance(output, Mapping) and "aux" in output:  # of a head that helps in training
+            auxiliary = self._scores(output["aux"], batch.images)
+            # Also at a weight of 0, as DDP wants a gradient of every parameter
+            total = total + self.options.aux_weight * self._objective(auxiliary, batch.labels, weights)
+        weight = weights.sum(dtype=torch.float64)
+        sums = {"loss": total.detach().double(), "weight": weight, "matrix": self._matrix(scores, batch.labels)}
+        return Loss(total, weight, sums)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        parts = []
+        sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.shapes.items()}
         for images, masks in alike(batch):
             scores = self._scores(model(images), images)
-            # In float64, so that the total is the same for any share of the images
-            parts.append(self._sums(scores, masks, self._cross_entropy(scores.double(), masks)))
-        zeros = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
-        return {name: sum((part[name] for part in parts), zero) if parts else zero for name, zero in zeros.items()}
+            # Each pixel rounded alone and added up in float64: the same total for any share of the images
+            losses = F.cross_entropy(scores, masks.long(), ignore_index=IGNORED, reduction="none")
+            part = {
+                "loss": losses.sum(dtype=torch.float64),
+                "weight": (masks != IGNORED).sum(),
+                "matrix": self._matrix(scores, masks),
+            }
+            sums = {name: part[name] + sums[name].to(images.device) for name in sums}
+        return sums
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        matrix, pixels = sums["matrix"], sums["pixels"].clamp(min=1)
+        matrix = sums["matrix"]
         truth, taken, right = matrix.sum(1), matrix.sum(0), matrix.diagonal()
         ious = {
             name: float(right[i] / (truth[i] + taken[i] - right[i]))
@@ -72,8 +100,8 @@ class Segment(Task):
         }
         return {
             "miou": sum(ious.values()) / max(1, len(ious)),
-            "pixel_accuracy": float(right.sum() / pixels),
-            "loss": float(sums["loss"] / pixels),
+            "pixel_accuracy": float(right.sum() / truth.sum().clamp(min=1)),
+            "loss": float(sums["loss"] / sums["weight"]) if sums["weight"] > 0 else 0.0,
             **{f"iou_{name}": iou for name, iou in ious.items()},
         }
 
@@ -103,19 +131,42 @@ class Segment(Task):
         size = images.shape[-2:]
         return scores if scores.shape[-2:] == size else F.interpolate(scores, size, mode="bilinear")
 
-    def _cross_entropy(self, scores: Tensor, masks: Tensor) -> Tensor:
-        return F.cross_entropy(
-            scores, masks.long(), ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
-        )
+    def _pixel_weights(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """What each pixel counts in the loss, [B, H, W]: its class's weight; 0 where it is ignored, or easy."""
+        truth = masks.long()
+        counts = truth != IGNORED
+        truth = truth.where(counts, 0)
+        weights = counts.to(scores.dtype)
+        if self.class_weights is not None:
+            weights = weights * self.class_weights.to(scores.dtype)[truth]
+        if self.options.ohem:
+            with torch.no_grad():
+                sure = scores.softmax(1).gather(1, truth[:, None])[:, 0]
+            weights = weights * (sure < self.options.ohem)
+        return weights
 
-    def _sums(self, scores: Tensor, masks: Tensor, loss: Tensor) -> Sums:
+    def _objective(self, scores: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+        """The sum over pixels of weight × (cross-entropy + dice × the Dice loss of the pixel's image)."""
+        losses = F.cross_entropy(
+            scores,
+            masks.long(),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self.options.label_smoothing,
+        )
+        total = (losses * weights).sum()
+        if not self.options.dice:
+            return total
+        return total + self.options.dice * (dice_losses(scores, masks) * weights.sum((1, 2))).sum()
+
+    def _matrix(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """Pixels by truth and prediction, [K, K], exact in float64."""
         classes = len(self.classes)
-        counts = masks != IGNORED
         # Pixels that do not count lie behind the matrix, and are cut off: nothing is read back from the device
-        places = torch.where(counts, masks.long() * classes + scores.detach().argmax(1), classes**2).flatten()
+        truth = masks.long()
+        places = torch.where(truth != IGNORED, truth * classes + scores.detach().argmax(1), classes**2).flatten()
         ones = torch.ones_like(places, dtype=torch.float64)
-        matrix = ones.new_zeros(classes**2 + 1).index_add_(0, places, ones)[:-1].view(classes, classes)
-        return {"loss": loss.detach().double(), "pixels": counts.sum(), "matrix": matrix}
+        return ones.new_zeros(classes**2 + 1).index_add_(0, places, ones)[:-1].view(classes, classes)
 
     def _coloured(self, mask: Tensor) -> Tensor:
         """uint8 [3, H, W] of classes [H, W]."""
@@ -126,6 +177,32 @@ class Segment(Task):
     def _legend(self, side: int = 16) -> Tensor:
         """A square of each class's colour, in their order."""
         return self._coloured(torch.arange(len(self.classes)).repeat_interleave(side).expand(side, -1))
+
+
+def rarity(pixels: Tensor) -> Tensor:
+    """Weights [K] of classes by their pixels: 1 / ln(1.02 + share), of which the mean over all pixels is 1.
+
+    Source: ENet, Paszke et al. 2016 (arXiv:1606.02147), section 5.2.
+    """
+    shares = pixels.double() / pixels.sum().clamp(min=1)
+    weights = 1 / (1.02 + shares).log()
+    return weights / (weights * shares).sum()
+
+
+def dice_losses(scores: Tensor, masks: Tensor) -> Tensor:
+    """Of each image, [B]: 1 - the mean of 2 |P ∩ T| / (|P| + |T|) over the classes that its mask has.
+
+    P counts probabilities, T pixels, both where the mask counts; an image without such pixels has 0.
+
+    Source: V-Net, Milletari et al. 2016 (arXiv:1606.04797), for several classes.
+    """
+    counts = (masks != IGNORED)[:, None]
+    truth = F.one_hot(masks.long().where(counts[:, 0], 0), scores.shape[1]).permute(0, 3, 1, 2) * counts
+    guess = scores.softmax(1) * counts
+    pixels = truth.sum((2, 3))
+    dice = 2 * (guess * truth).sum((2, 3)) / (guess.sum((2, 3)) + pixels).clamp(min=1)
+    there = pixels > 0
+    return torch.where(there, 1 - dice, 0.0).sum(1) / there.sum(1).clamp(min=1)
 
 
 def alike(batch: Batch) -> list[tuple[Tensor, Tensor]]:

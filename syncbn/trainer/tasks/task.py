@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from syncbn.trainer.data import Batch
+from syncbn.trainer.data import Batch, Data
 from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.runs.metric import Metric
 
@@ -77,6 +77,12 @@ class Task(ABC):
         "" is the whole model. A generative adversarial network names two. Each loss calls the model once.
         """
         return {"": self.loss}
+
+    def prepare(self, data: Data) -> None:
+        """Look at the data before the first step of a training, on every rank alike; none speaks to another here.
+
+        Raises UserError.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Loss:

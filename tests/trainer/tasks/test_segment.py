@@ -15,7 +15,7 @@ from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.rank.build import build
-from syncbn.trainer.tasks.segment import IGNORED, Segment
+from syncbn.trainer.tasks.segment import IGNORED, Objective, Segment, dice_losses, rarity
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.evaluation import evaluate
 from syncbn.trainer.training.loop import optimiser_step
@@ -40,42 +40,98 @@ def samples(ignored):
     return images, masks
 
 
-def step(rank, images, masks):
+class TwoHeads(nn.Module):
+    """Scores named out, and of a head that helps in training, as torchvision's models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.aux = UNet(3, depth=2, width=2), nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        return {"out": self.net(images), "aux": self.aux(images[..., ::2, ::2])}
+
+
+def step(rank, images, masks, options):
     """The weights after a step of SGD at a rate of 1 on this rank's images."""
     world = ranks_world(rank)
     torch.manual_seed(0)
-    model, _ = norms.convert(UNet(3, depth=2, width=2).double(), norms.NormConfig(), norms.Place(world.device, 3))
-    nn.init.normal_(model.head.weight)
+    model, _ = norms.convert(TwoHeads().double(), norms.NormConfig(), norms.Place(world.device, 3))
+    nn.init.normal_(model.net.head.weight)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    task, data = Segment(CLASSES), Given(sum(map(len, images)))
+    task, data = Segment(CLASSES, options), Given(sum(map(len, images)))
+    if options.class_weights == "auto":
+        task.class_weights = rarity(torch.tensor([50, 7, 6]))
     training = Training(ddp, task, data, optimizer, None, Guard(model, optimizer), Totals(task.shapes, world))
     _, [(sums, _, _)] = optimiser_step(training, TrainConfig(), world, [Batch(images[rank], masks[rank])])
     return model.state_dict(), sums
 
 
 IGNORES = {"unevenly": [5, 60, 0], "one-rank-wholly": [0, 63, 20], "all": [63, 63, 63]}
+OPTIONS = {
+    "plain": Objective(aux_weight=0.0),
+    "aux": Objective(aux_weight=0.4),
+    "weights": Objective(class_weights="auto"),
+    "dice": Objective(dice=0.7, class_weights="auto"),
+    "ohem": Objective(ohem=0.4, dice=0.5),
+    "smooth": Objective(label_smoothing=0.1),
+}
 
 
-@pytest.mark.parametrize("ignored", IGNORES.values(), ids=IGNORES)
-def test_ranks_of_one_image_equal_one_rank_with_all(ignored):
-    images, masks = samples(ignored)
-    ((want, whole),) = run_ranks(step, 1, [images], [masks])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ranks_of_one_image_equal_one_rank_with_all(options):
+    for ignored in IGNORES.values():
+        images, masks = samples(ignored)
+        ((want, whole),) = run_ranks(step, 1, [images], [masks], options)
 
-    ranks = run_ranks(step, 3, images.split(1), masks.split(1))
+        ranks = run_ranks(step, 3, images.split(1), masks.split(1), options)
 
-    for weights, _ in ranks:
-        torch.testing.assert_close(weights, want, rtol=1e-10, atol=1e-12)
-    assert torch.equal(sum(sums["matrix"] for _, sums in ranks), whole["matrix"])
-    assert whole["pixels"] == 3 * 63 - sum(ignored)
+        for weights, _ in ranks:
+            torch.testing.assert_close(weights, want, rtol=1e-10, atol=1e-12)
+        assert torch.equal(sum(sums["matrix"] for _, sums in ranks), whole["matrix"])
+        assert whole["matrix"].sum() == 3 * 63 - sum(ignored)
 
 
-def test_the_loss_is_torchs_mean_over_the_pixels_that_count():
-    images, masks = samples([5, 60, 0])
+def loss_of(scores, masks, options, class_weights=None):
+    task = Segment(CLASSES, options)
+    task.class_weights = class_weights
+    loss = task.loss(lambda _: scores, Batch(torch.zeros(len(masks), 3, 9, 7), masks))
+    return loss.total / loss.weight
+
+
+def test_the_loss_is_torchs_weighted_mean_over_the_pixels_that_count():
+    _, masks = samples([5, 60, 0])
     scores = torch.randn(3, 3, 9, 7, dtype=torch.float64)
-    loss = Segment(CLASSES).loss(lambda _: scores, Batch(images, masks))
-    want = F.cross_entropy(scores, masks.long(), ignore_index=IGNORED)
-    torch.testing.assert_close(loss.total / loss.weight, want)
+    for weights in None, torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64):
+        want = F.cross_entropy(scores, masks.long(), weights, ignore_index=IGNORED)
+        torch.testing.assert_close(loss_of(scores, masks, Objective(), weights), want)
+
+
+def test_ohem_takes_the_mean_over_the_pixels_that_are_hard():
+    _, masks = samples([5, 60, 0])
+    scores = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    losses = F.cross_entropy(scores, masks.long(), ignore_index=IGNORED, reduction="none")
+    hard = losses[(masks != IGNORED) & (losses > -math.log(0.4))]
+    assert 0 < len(hard) < (masks != IGNORED).sum()
+    torch.testing.assert_close(loss_of(scores, masks, Objective(ohem=0.4)), hard.mean())
+
+
+def test_dice_of_an_image_by_hand():
+    """Of two classes that are there; a third is not, and the last pixel counts for nothing."""
+    mask = torch.tensor([[[0, 0, 1, IGNORED]]], dtype=torch.uint8)
+    shares = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).double()
+    scores = shares.T.reshape(1, 3, 1, 4).clamp(min=1e-300).log()
+    ground, tree = 2 * (0.6 + 0.8) / (0.6 + 0.8 + 0.5 + 2), 2 * 0.5 / (0.3 + 0.1 + 0.5 + 1)
+    torch.testing.assert_close(dice_losses(scores, mask), torch.tensor([1 - (ground + tree) / 2]).double())
+    assert dice_losses(scores, torch.full_like(mask, IGNORED)).tolist() == [0.0]
+
+
+def test_rare_classes_weigh_more_and_pixels_weigh_one_on_average():
+    pixels = torch.tensor([900, 90, 10, 0])
+    weights = rarity(pixels)
+    assert weights.tolist() == sorted(weights.tolist())
+    assert float((weights * pixels).sum() / pixels.sum()) == pytest.approx(1)
+    assert float(weights[0] / weights[2]) == pytest.approx(math.log(1.02 + 0.01) / math.log(1.02 + 0.9))
 
 
 def test_figures_by_hand():
