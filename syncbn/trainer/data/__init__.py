@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from syncbn.trainer.data.images import Images, Spread, fingerprint
+from syncbn.trainer.data.masks import IGNORED as IGNORED
+from syncbn.trainer.data.masks import class_pixels as class_pixels
 from syncbn.trainer.data.sampler import EvalSampler, Key, TrainSampler
 from syncbn.trainer.data.samples import Batch, Samples
-from syncbn.trainer.data.sources import SOURCES, Images, Spread, fingerprint, refuse_missing
+from syncbn.trainer.data.sources import SOURCES, refuse_missing
 from syncbn.trainer.data.sources import TARGETS as TARGETS
 from syncbn.trainer.data.structure import mapped
 from syncbn.trainer.data.workers import HeedRankAlone, signals_held
@@ -64,6 +67,7 @@ class DataConfig:
     std: list[float] = option(lambda: [0.25], "of pixels in 0..1, per colour; a pixel becomes (pixel - mean) / std")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
+    ignore_index: int = option(IGNORED, "with masks: the number of pixels that count for nothing, and of no class")
     scenes: int = option(600, "data=digit_scenes: training scenes; a quarter as many for eval")
     fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
     fake_classes: int = option(10, "data=fake: classes")
@@ -79,6 +83,8 @@ class DataConfig:
         for name in "workers", "size", "train_images":
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 0 or more")
+        if not 0 <= self.ignore_index <= 255:
+            raise UserError(f"data.ignore_index={self.ignore_index}: give a number from 0 to 255")
         if not (len(self.mean) == len(self.std) and len(self.mean) in (1, 3) and min(self.std) > 0):
             raise UserError(f"data.mean={self.mean} data.std={self.std}: give 1 or 3 of each, std above 0")
 
@@ -135,7 +141,7 @@ class Data(NamedTuple):
     shown: one batch of SHOWN eval images, evenly spread over all, on every rank the same.
     global_batch: training images of one forward of all ranks together. even: whether each rank has as many of them.
     skips: whether a batch may lack some. fingerprint: what the data set holds, the same wherever it lies. notes: what
-    of it is left out, in words.
+    of it is left out, in words. training: the images that train takes its samples of.
     """
 
     train: Batches
@@ -149,6 +155,7 @@ class Data(NamedTuple):
     skips: bool
     fingerprint: dict[str, Any]
     notes: list[str]
+    training: Images
 
 
 def build(
@@ -215,6 +222,7 @@ def build(
         config.skip_broken,
         fingerprint(train, test),
         [*train.notes, *test.notes],
+        train,
     )
 
 

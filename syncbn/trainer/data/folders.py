@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,20 +44,11 @@ class Folder:
                 if name not in self.classes:
                     raise UserError(f"{root} has the class {name!r} that train lacks: add it there, or remove it")
                 label = self.classes.index(name)
-                self.samples += [(path, label) for path in self._files(root / name, seen)]
+                self.samples += [(path, label) for path in files_below(root / name, ENDINGS, self._left_out, seen)]
         except OSError as error:
             raise UserError(f"{root} cannot be read ({error.strerror}: {error.filename}): {LAYOUT}") from error
         if not own:
             raise UserError(f"{root} has no class: {LAYOUT}")
-
-    def _files(self, folder: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
-        """The images below a folder, in order of folder and name."""
-        for place, names in sorted(_walk(folder, seen)):
-            for name in sorted(names):
-                if name.lower().endswith(ENDINGS):
-                    yield os.path.join(place, name)
-                else:
-                    self._left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
 
     def missing(self) -> list[str]:
         """The classes without an image."""
@@ -67,9 +59,7 @@ class Folder:
     def notes(self) -> list[str]:
         """What somebody who counts the files should know."""
         notes = [] if self.beside is None else [self.beside]
-        if self._left_out:
-            kinds = ", ".join(f"{number} × {ending}" for ending, number in self._left_out.most_common(5))
-            notes.append(f"left out of {self.root}: {self._left_out.total()} files that are no images ({kinds})")
+        notes += note_of(self.root, self._left_out, "images")
         if self._loose:
             notes.append(f"left out of {self.root}: {self._loose} files that lie in no folder of a class")
         return notes
@@ -104,24 +94,63 @@ def train_and_eval(root: Path) -> tuple[Folder, Folder]:
         raise UserError(f"{train.root} is incomplete (no image of class {some(without, 5)}): {LAYOUT}")
     if len(train.classes) == 1:
         raise UserError(f"{train.root} has one class, {train.classes[0]!r}: there is nothing to tell it from")
-    return train, _for_evaluation(root, train.classes)
+
+    def read(part: Path) -> Folder:
+        folder = Folder(part, train.classes)
+        if not len(folder):
+            raise UserError(f"{part} has no image in the folder of a class: {LAYOUT}")
+        return folder
+
+    return train, for_evaluation(root, read, LAYOUT)
 
 
-def _for_evaluation(root: Path, classes: Sequence[str]) -> Folder:
+class Part(Protocol):
+    """Images of which notes say more. beside: why they are taken and not another part's."""
+
+    beside: str | None
+
+
+P = TypeVar("P", bound=Part)
+
+
+def for_evaluation(root: Path, read: Callable[[Path], P], layout: str) -> P:
+    """What is read of root/test or, where that cannot be used, of root/val; of both, a note says which it is.
+
+    read: raises UserError for what cannot be used. layout: what is wanted, for the line where neither is there.
+    """
     unusable: UserError | None = None
     parts = [part for part in ("test", "val") if (root / part).is_dir()]
     for part in parts:
         try:
-            folder = Folder(root / part, classes)
-            if not len(folder):
-                raise UserError(f"{root / part} has no image in the folder of a class: {LAYOUT}")
+            images = read(root / part)
         except UserError as error:
             unusable = unusable or error
         else:
             if len(parts) == 2:
-                folder.beside = f"evaluated on {folder.root}" + (f", as {unusable}" if unusable else "")
-            return folder
-    raise unusable or UserError(f"data.root={root} has no folder 'test' (or 'val'): {LAYOUT}")
+                images.beside = f"evaluated on {root / part}" + (f", as {unusable}" if unusable else "")
+            return images
+    raise unusable or UserError(f"data.root={root} has no folder 'test' (or 'val'): {layout}")
+
+
+def files_below(
+    folder: Path, endings: tuple[str, ...], left_out: Counter[str], seen: set[tuple[int, int]] | None = None
+) -> Iterator[str]:
+    """The files below a folder with one of the endings, in order of folder and name.
+
+    left_out: counts the others by their ending. seen: folders that are not gone into.
+    """
+    for place, names in sorted(_walk(folder, {_real(folder)} if seen is None else seen)):
+        for name in sorted(names):
+            if name.lower().endswith(endings):
+                yield os.path.join(place, name)
+            else:
+                left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+
+def note_of(folder: Path, left_out: Counter[str], kind: str) -> list[str]:
+    """A line on the files that were left out, if there are any; kind: what they are not."""
+    kinds = ", ".join(f"{number} × {ending}" for ending, number in left_out.most_common(5))
+    return [f"left out of {folder}: {left_out.total()} files that are no {kind} ({kinds})"] if kinds else []
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:

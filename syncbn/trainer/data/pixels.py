@@ -3,13 +3,50 @@
 Pillow is imported where it is used, as the process that starts the ranks has no use for it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from syncbn.trainer.errors import UserError, first_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Unreadable(UserError):
+    """A file that cannot be decoded: data.skip_broken leaves its image out."""
+
+
+def unreadable(where: str, error: Exception) -> Unreadable:
+    return Unreadable(
+        f"cannot read {where} ({first_line(error)}): "
+        "replace or remove it, or data.skip_broken=true leaves such images out"
+    )
+
+
+class Head(NamedTuple):
+    """What a file says of its image before its pixels. mode: Pillow's; size: (width, height)."""
+
+    mode: str
+    size: tuple[int, int]
+
+
+def head(path: str) -> Head:
+    """Of an image file, without decoding it. Raises what Pillow raises."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return Head(image.mode, image.size)
+
+
+def read_numbers(path: str) -> tuple[str, Any]:
+    """The mode of an image file, Pillow's, and its pixels as they are, a numpy array: of a palette, its indices."""
+    import numpy
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.mode, numpy.asarray(image)
 
 
 def read_image(path: str) -> "Image":

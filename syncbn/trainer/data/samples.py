@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.trainer.data.images import Images
+from syncbn.trainer.data.pixels import Unreadable, unreadable
 from syncbn.trainer.data.sampler import Key, seed_of
-from syncbn.trainer.data.sources import Images
-from syncbn.trainer.errors import UserError, first_line
+from syncbn.trainer.errors import UserError
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -75,7 +76,7 @@ class Samples(torch.utils.data.Dataset):
         for epoch, index in keys:
             try:
                 image, target = self._load(index)
-            except UserError:
+            except Unreadable:
                 if not self.skip_broken:
                     raise
                 continue
@@ -131,11 +132,10 @@ class Samples(torch.utils.data.Dataset):
             return self.decoded[index]
         try:
             sample = self.images[index]
+        except UserError:
+            raise
         except Exception as error:  # decoders raise many kinds
-            raise UserError(
-                f"cannot read {self.images.where(index)} ({first_line(error)}): "
-                "replace or remove it, or data.skip_broken=true leaves such images out"
-            ) from error
+            raise unreadable(self.images.where(index), error) from error
         if self.decoded is not None:
             self.decoded[index] = sample
         return sample

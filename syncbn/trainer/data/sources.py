@@ -1,147 +1,21 @@
 """Where images come from: each source is a pair (train, eval) of labelled uint8 images."""
 
 import gzip
-import os
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from syncbn.trainer.data import pixels
-from syncbn.trainer.data.folders import train_and_eval
+from syncbn.trainer.data import folders, masks, pixels
+from syncbn.trainer.data.images import Fake, Images, InMemory, Torchvision
+from syncbn.trainer.data.masks import Masks
 from syncbn.trainer.data.scenes import Scenes
 from syncbn.trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from syncbn.trainer.data import DataConfig
-
-
-class Images(Protocol):
-    """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], target); where(i) names image i in a message.
-
-    A target is a class, or a mask of classes, uint8 [H, W], in which 255 counts for nothing.
-
-    fingerprint_parts() tell them from others of the same number and classes, without reading any: labels, file names.
-    notes: what of the data set is not among them, for its user to know.
-    """
-
-    classes: Sequence[str]
-
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
-    def where(self, index: int) -> str: ...
-    def fingerprint_parts(self) -> Iterator[bytes]: ...
-
-
-class Torchvision:
-    """A torchvision data set as Images."""
-
-    notes: Sequence[str] = ()
-
-    def __init__(self, dataset: Any, classes: Sequence[str], labels: Sequence[int] | None = None):
-        self.dataset, self.classes = dataset, classes
-        self.labels = labels  # ours for each of the data set's; None: the same
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from torchvision.transforms.v2 import functional as F
-
-        image, label = self.dataset[index]
-        return F.pil_to_tensor(image), int(label) if self.labels is None else self.labels[label]
-
-    def where(self, index: int) -> str:
-        files = getattr(self.dataset, "samples", None)
-        return files[index][0] if files else f"image {index} of {type(self.dataset).__name__}"
-
-    def check(self) -> None:
-        """Raise ValueError if images and labels do not fit together."""
-        labels = torch.as_tensor(self.dataset.targets)
-        if len(labels) != len(self):
-            raise ValueError(f"{len(self)} images and {len(labels)} labels")
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(self.classes):
-            raise ValueError(f"labels that are not of its {len(self.classes)} classes")
-
-    def fingerprint_parts(self) -> Iterator[bytes]:
-        yield _packed(self.dataset.targets)
-        if files := getattr(self.dataset, "samples", None):
-            root = str(self.dataset.root)
-            names = "\n".join(path.removeprefix(root).lstrip(os.sep) for path, _ in files)
-            yield names.replace(os.sep, "/").encode(errors="surrogateescape")
-
-
-class Fake(Torchvision):
-    """Torchvision's noise, whose labels are drawn with the images."""
-
-    def fingerprint_parts(self) -> Iterator[bytes]:
-        yield repr((self.dataset.num_classes, self.dataset.image_size, self.dataset.random_offset)).encode()
-
-
-class InMemory:
-    """Images held as one tensor [N, C, H, W]."""
-
-    notes: Sequence[str] = ()
-
-    def __init__(self, images: Tensor, labels: list[int], classes: Sequence[str]):
-        self.images, self.labels, self.classes = images, labels, classes
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
-
-    def where(self, index: int) -> str:
-        return f"image {index}"
-
-    def fingerprint_parts(self) -> Iterator[bytes]:
-        yield _packed(self.labels)
-
-
-class Spread:
-    """So many of the images, evenly spread over all of them: in order of class, the same share of each."""
-
-    def __init__(self, images: Images, number: int):
-        self.images, self.classes = images, images.classes
-        self.kept = [i * len(images) // number for i in range(number)]
-        self.notes = images.notes
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return self.images[self.kept[index]]
-
-    def where(self, index: int) -> str:
-        return self.images.where(self.kept[index])
-
-    def fingerprint_parts(self) -> Iterator[bytes]:
-        return self.images.fingerprint_parts()
-
-
-def fingerprint(train: Images, test: Images) -> dict[str, Any]:
-    """What the data set holds: {"train": n, "eval": n, "classes": n, "digest": hex}, the same wherever it lies.
-
-    The digest is of the classes, labels and file names, in their order, and not of what the images show.
-    """
-    digest = blake2b(digest_size=16)
-    for part in train, test:
-        digest.update(repr((len(part), [*part.classes])).encode())
-        for piece in part.fingerprint_parts():
-            digest.update(piece)
-    return {"train": len(train), "eval": len(test), "classes": len(train.classes), "digest": digest.hexdigest()}
-
-
-def _packed(labels: Sequence[int] | Tensor) -> bytes:
-    return torch.as_tensor(labels, dtype=torch.int64).numpy().astype("<i8").tobytes()
 
 
 def digits(config: "DataConfig") -> tuple[Images, Images]:
@@ -204,7 +78,7 @@ def _no_imagenet(config: "DataConfig", why: str) -> UserError:
 
 def image_folder(config: "DataConfig") -> tuple[Images, Images]:
     """root/train/<class>/*.jpg and root/test/<class>/*.jpg (or root/val): classes are train's, in order of name."""
-    return train_and_eval(Path(config.root))
+    return folders.train_and_eval(Path(config.root))
 
 
 def fake(config: "DataConfig") -> tuple[Images, Images]:
@@ -231,8 +105,65 @@ def digit_scenes(config: "DataConfig") -> tuple[Images, Images]:
     )
 
 
+def mask_folder(config: "DataConfig") -> tuple[Images, Images]:
+    """root/train/images/*.jpg and train/masks/*.png, test/ or val/ like it, and root/classes.txt."""
+    train, test = masks.train_and_eval(Path(config.root), config.ignore_index)
+    return train.checked(), test.checked()
+
+
+def voc_segmentation(config: "DataConfig") -> tuple[Images, Images]:
+    """Pascal VOC 2012 as torchvision lays it out: 1 464 training and 1 449 eval images of 20 classes and background."""
+    from torchvision import datasets
+
+    names = dict(enumerate(masks.VOC_CLASSES))
+    try:
+        # One archive holds both
+        parts = [
+            datasets.VOCSegmentation(config.root, image_set=part, download=config.download and part == "train")
+            for part in ("train", "val")
+        ]
+        train, val = (
+            Masks.of_files(part.root, zip(part.images, part.masks, strict=True), names, {255, config.ignore_index})
+            for part in parts
+        )
+    except Exception as error:
+        raise _no_archive("VOCSegmentation", config, first_line(error).partition(" You can use")[0]) from error
+    return train.checked(), val.checked()
+
+
+def cityscapes(config: "DataConfig") -> tuple[Images, Images]:
+    """Cityscapes' fine annotations as torchvision lays them out: the 19 classes that its benchmark counts."""
+    from torchvision import datasets
+
+    labels = datasets.Cityscapes.classes
+    names = {label.id: label.name for label in labels if 0 <= label.train_id < 255}
+    ignored = {label.id % 256 for label in labels} - names.keys() | {config.ignore_index}
+    try:
+        parts = [datasets.Cityscapes(config.root, split=part, target_type="semantic") for part in ("train", "val")]
+        train, val = (
+            Masks.of_files(
+                part.root,
+                sorted((image, mask) for image, (mask,) in zip(part.images, part.targets, strict=True)),
+                names,
+                ignored,
+            )
+            for part in parts
+        )
+    except Exception as error:
+        raise _no_cityscapes(config, first_line(error)) from error
+    return train.checked(), val.checked()
+
+
+def _no_cityscapes(config: "DataConfig", why: str) -> UserError:
+    return UserError(
+        f"data.root={config.root} holds no Cityscapes ({why}): put leftImg8bit_trainvaltest.zip and "
+        "gtFine_trainvaltest.zip there, or what they hold"
+    )
+
+
 # By the name of the source, that of torchvision's class
 ARCHIVES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+FETCHED = {**ARCHIVES, "voc_segmentation": "VOCSegmentation"}
 
 # torchvision is imported where it is used: it takes seconds, and the process that starts the ranks has no use for it
 SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
@@ -242,17 +173,20 @@ SOURCES: dict[str, Callable[["DataConfig"], tuple[Images, Images]]] = {
     "image_folder": image_folder,
     "fake": fake,
     "digit_scenes": digit_scenes,
+    "mask_folder": mask_folder,
+    "voc_segmentation": voc_segmentation,
+    "cityscapes": cityscapes,
 }
 
 # What images come with, and the sources that have it
-WITH_MASKS = ("digit_scenes",)
+WITH_MASKS = ("digit_scenes", "mask_folder", "voc_segmentation", "cityscapes")
 TARGETS = {"classes": tuple(name for name in SOURCES if name not in WITH_MASKS), "masks": WITH_MASKS}
 
 
 def refuse_missing(config: "DataConfig", targets: str = "classes") -> None:
     """Raise UserError if the images come without the targets, or if data.root is not there.
 
-    At once and without torchvision: what lies in it is not looked at.
+    At once and without torchvision: no image is looked at, and of those with a mask each the names alone.
     """
     if config.name not in TARGETS[targets]:
         raise UserError(
@@ -261,8 +195,14 @@ def refuse_missing(config: "DataConfig", targets: str = "classes") -> None:
         )
     root, none = Path(config.root), "there is no such folder"
     if config.name == "image_folder" and not (root / "train").is_dir():
-        train_and_eval(root)  # which says so
-    if config.name in ARCHIVES and not config.download and not root.is_dir():
-        raise _no_archive(ARCHIVES[config.name], config, none)
-    if config.name == "imagenet" and not root.is_dir():
+        folders.train_and_eval(root)  # which says so
+    if config.name == "mask_folder":
+        masks.train_and_eval(root, config.ignore_index)
+    if root.is_dir():
+        return
+    if config.name in FETCHED and not config.download:
+        raise _no_archive(FETCHED[config.name], config, none)
+    if config.name == "imagenet":
         raise _no_imagenet(config, none)
+    if config.name == "cityscapes":
+        raise _no_cityscapes(config, none)

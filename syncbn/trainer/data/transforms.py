@@ -9,13 +9,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from syncbn.trainer.data.masks import IGNORED
+
 if TYPE_CHECKING:
     from syncbn.trainer.data import AugmentConfig, DataConfig
 
 
 Transform = Callable[[Tensor, Any], tuple[Tensor, Any]]
-
-IGNORED = 255  # in a mask, where an image was padded
 
 
 def of_targets(config: "DataConfig", targets: str) -> tuple[Transform, Transform]:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from syncbn.trainer.data import Batch, Data, class_pixels
+from syncbn.trainer.data import IGNORED, Batch, Data, class_pixels
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
-IGNORED = 255  # in a mask: counts for nothing, neither in the loss nor in a figure
 # A colour for each class, of which neighbours differ in hue and in brightness; after the last they begin anew
 PALETTE = (
     (38, 38, 46), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (60, 84, 136), (145, 209, 194),
