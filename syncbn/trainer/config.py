@@ -61,7 +61,9 @@ class Config:
         self.data.root, self.run.root, self.checkpoint.resume = (
             os.path.expanduser(path) for path in (self.data.root, self.run.root, self.checkpoint.resume)
         )
-        self.model.weights = self.model.weights and os.path.expanduser(self.model.weights)
+        self.model.weights, self.model.backbone_weights = (
+            path and os.path.expanduser(path) for path in (self.model.weights, self.model.backbone_weights)
+        )
         for key, value in flat(asdict(self)).items():
             for each in value if isinstance(value, list) else [value]:
                 check_value(key, each)

@@ -1,5 +1,6 @@
 """A key of the config: its default, what `python train.py --help` says of it, and its whole name."""
 
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -11,9 +12,11 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config with its keys joined by dots."""
+def flat(config: dict[str, Any], prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """A nested config with its keys joined by dots. Mappings that hold nothing, and those of the keys `whole`, stay."""
     joined: dict[str, Any] = {}
-    for key, value in config.items():
-        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        nested = isinstance(value, dict) and value and key not in whole
+        joined |= flat(value, f"{key}.", whole) if nested else {key: value}
     return joined

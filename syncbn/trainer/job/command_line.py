@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 
 from syncbn.trainer.config import KEYS, LISTS, unknown_key
 from syncbn.trainer.errors import UserError
+from syncbn.trainer.runs.folder import MAPPINGS
 
 # Hydra's own options, and those of them that have a value behind them
 OPTIONS = {
@@ -67,7 +68,8 @@ def _override(word: str, behind: list[str], groups: Collection[str], sweeps: boo
     if key.startswith(("hydra.", "hydra/")):
         return word
     name = key.partition("@")[0]
-    if name not in KEYS and name not in groups:
+    of_mapping = next((each for each in MAPPINGS if name == each or name.startswith(f"{each}.")), None)
+    if (of_mapping or name) not in KEYS and name not in groups:
         _refuse_key(name, value or "VALUE")
     if sign == "~":
         raise UserError(f"{word}: every key is needed, so none is taken away; {key}=VALUE sets it")
@@ -78,6 +80,8 @@ def _override(word: str, behind: list[str], groups: Collection[str], sweeps: boo
     if value.startswith("~"):
         value = ",".join(map(os.path.expanduser, value.split(","))) if sweeps else os.path.expanduser(value)
         word = f"{sign}{key}={value if sweeps or _parses(f'{key}={value}') else _quoted(value)}"
+    if of_mapping:
+        word = f"++{word.lstrip('+')}"  # Hydra takes a name that it does not know by that alone
     return _parsed(word, key, value, sweeps)
 
 

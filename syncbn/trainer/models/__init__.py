@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from syncbn.trainer.errors import UserError, some
-from syncbn.trainer.models import weights
+from syncbn.trainer.errors import UserError, first_line, some
+from syncbn.trainer.models import smp, weights
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.option import option
@@ -21,8 +22,19 @@ from syncbn.trainer.option import option
 
 @dataclass
 class ModelConfig:
-    name: str = option("resnet8", "ours, torchvision's, or package.module:builder")
+    name: str = option("resnet8", "ours, torchvision's, smp/ARCHITECTURE/ENCODER, or package.module:builder")
     weights: str | None = option(None, "torchvision's name of trained weights (DEFAULT, ...), or a state_dict's file")
+    backbone_weights: str | None = option(None, "the same for the backbone alone, of the classifier that it is from")
+    options: dict[str, Any] = option(dict, "keyword arguments of its builder: model.options.width=32")
+
+    def __post_init__(self) -> None:
+        if self.weights and self.backbone_weights:
+            raise UserError(
+                f"model.weights={self.weights} with model.backbone_weights={self.backbone_weights}: the former hold a "
+                "backbone too; choose one of the two"
+            )
+        if "num_classes" in self.options:
+            raise UserError("model.options.num_classes: the data tells how many classes there are; leave it out")
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -32,21 +44,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lambda said: None) -> nn.Module:
-    """The model of the config, for images [N, 3, H, W] and scores [N, num_classes]; say is told what was loaded.
+    """The model of the config, for images [N, 3, H, W] and scores of num_classes; say is told what was loaded.
 
-    Raises UserError for a name that is none of ours, not one of torchvision's classification models, and not
-    package.module:builder, where builder(num_classes=...) returns an nn.Module whose parameters have their shapes.
+    Raises UserError for a name that is none of ours, not one of torchvision's classification and segmentation models
+    or of segmentation-models-pytorch, and not package.module:builder, where builder(num_classes=..., **options)
+    returns an nn.Module whose parameters have their shapes; and for options that the builder does not take.
     """
-    builder = _builder(config.name)
-    try:
-        model = builder(num_classes=num_classes)
-    except TypeError as error:
-        if error.__traceback__ and error.__traceback__.tb_next and "num_classes" not in str(error):
-            raise  # of something inside
-        raise UserError(
-            f"model.name={config.name} cannot be called ({error}): it must be a function or a class that takes "
-            f"num_classes=, as in builder(num_classes={num_classes})"
-        ) from error
+    model = _built(config, num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned {type(model).__name__}: it must return an nn.Module")
     if lazy := [name for name, tensor in tensors(model) if is_lazy(tensor)]:
@@ -57,15 +61,50 @@ def build(config: ModelConfig, num_classes: int, say: Callable[[str], Any] = lam
         )
     if config.weights:
         say(weights.load_weights(model, config.name, config.weights, num_classes))
+    if config.backbone_weights:
+        say(weights.load_backbone(model, config.name, config.backbone_weights))
     return model
 
 
-def refuse_missing(config: ModelConfig) -> None:
-    """Raise UserError if model.weights is a path, as no name that torchvision has, and no file is there."""
-    if config.weights and not config.weights.isidentifier() and not Path(config.weights).is_file():
+def _built(config: ModelConfig, num_classes: int) -> Any:
+    builder = _builder(config.name)
+    try:
+        return builder(num_classes=num_classes, **config.options)
+    except Exception as error:
+        text, own = str(error), ":" in config.name
+        named = isinstance(error, TypeError) and any(f"'{name}'" in text for name in config.options)
+        if config.options and (named or not own):
+            raise UserError(
+                f"model.options={config.options} do not fit model.name={config.name} ({first_line(error)}): give "
+                f"keyword arguments of its builder{_taken(builder)}"
+            ) from error
+        if config.name.startswith(smp.PREFIX):
+            raise UserError(
+                f"model.name={config.name} cannot be built ({first_line(error)}): choose another architecture or encoder"
+            ) from error
+        deeper = error.__traceback__ and error.__traceback__.tb_next
+        if not isinstance(error, TypeError) or (deeper and "num_classes" not in text):
+            raise  # of something inside
         raise UserError(
-            f"model.weights={config.weights}: neither a file nor weights that torchvision has for {config.name}"
-        )
+            f"model.name={config.name} cannot be called ({error}): it must be a function or a class that takes "
+            f"num_classes=, as in builder(num_classes={num_classes})"
+        ) from error
+
+
+def _taken(builder: Callable[..., Any]) -> str:
+    """Which keyword arguments it names, in brackets; nothing if it names none."""
+    parameters = inspect.signature(builder).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = [name for name in keywords if name not in ("num_classes", "name", "weights", "progress")]
+    return f" ({some(keywords, 8)})" if keywords else ""
+
+
+def refuse_missing(config: ModelConfig) -> None:
+    """Raise UserError if weights are asked for by a path, as no name that torchvision has, and no file is there."""
+    for key in "weights", "backbone_weights":
+        path = getattr(config, key)
+        if path and not path.isidentifier() and not Path(path).is_file():
+            raise UserError(f"model.{key}={path}: neither a file nor weights that torchvision has for {config.name}")
 
 
 def load_all(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:
@@ -86,16 +125,30 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _builder(name: str) -> Callable[..., Any]:
     if ":" in name:
         return _own(name)
+    if name.startswith(smp.PREFIX):
+        return smp.builder(name)
     if name in MODELS:
         return MODELS[name]
     import torchvision  # takes seconds
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name in names:
-        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        return partial(torchvision.models.get_model, name, **options)
-    near = difflib.get_close_matches(name, [*MODELS, *names], n=3) or ["resnet20", "resnet50"]
+    classifiers, segmenters = (
+        torchvision.models.list_models(module=module)
+        for module in (torchvision.models, torchvision.models.segmentation)
+    )
+    if name in classifiers or name in segmenters:
+        builder = torchvision.models.get_model_builder(name)
+        return partial(builder, **_from_scratch(name, inspect.signature(builder).parameters))
+    names = [*MODELS, *classifiers, *segmenters]
+    near = difflib.get_close_matches(name, names, n=3) or ["resnet20", "resnet50"]
     raise UserError(f"model.name={name}: no such model; near it: {', '.join(near)}; your own: package.module:builder")
+
+
+def _from_scratch(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which torchvision's builder of that name fetches nothing, and gives all heads that it has."""
+    if name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    scratch = {"weights_backbone": None, "aux_loss": True}  # as its trained weights have it
+    return {key: value for key, value in scratch.items() if key in parameters}
 
 
 def _own(name: str) -> Callable[..., Any]:

@@ -25,6 +25,8 @@ class UNet(nn.Module):
 
     def __init__(self, num_classes: int, depth: int = 3, width: int = 16):
         super().__init__()
+        if depth < 0 or width < 1:
+            raise ValueError(f"depth={depth}, width={width}: give a depth of 0 or more and a width of 1 or more")
         widths = [width * 2**level for level in range(depth + 1)]
         self.stem = convolutions(3, width)
         pairs = list(pairwise(widths))

@@ -1,6 +1,7 @@
 """Trained weights out of a file or torchvision's store, however they are wrapped and named there."""
 
 import pickle
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from syncbn.trainer.errors import UserError, some
 
 # Where files keep the state_dict beside other things; of a checkpoint of this trainer, its average comes first
 WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
+BACKBONES = ("backbone", "encoder")  # what torchvision and segmentation-models-pytorch call it
+MOST_CLASSIFIERS = 2  # of one model: of two resolutions, or one beside it for an auxiliary loss
 
 
 def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
@@ -21,49 +24,73 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
     The classifier, if it is one of other classes, keeps its own start. Raises UserError for a file that cannot be
     read, and if more is missing.
     """
-    state = _of_file(weights) if Path(weights).is_file() else _of_torchvision(name, weights)
+    given = f"model.weights={weights}"
+    return _load(model, _read(given, weights, name), given, f"model.name={name}", num_classes)
+
+
+def load_backbone(model: nn.Module, name: str, weights: str) -> str:
+    """Load the backbone of a classifier into that of the model of this name; what was loaded, in words.
+
+    Raises UserError for a model without a backbone, a file that cannot be read, and if anything is missing.
+    """
+    given = f"model.backbone_weights={weights}"
+    backbone = next((module for part, module in model.named_children() if part in BACKBONES), None)
+    if backbone is None:
+        raise UserError(
+            f"{given}: model.name={name} has no part named {' or '.join(BACKBONES)}; model.weights=FILE is for the whole"
+        )
+    # deeplabv3_resnet50, smp/unet/resnet50: the classifier's name is in the model's
+    state = _read(given, weights, re.sub(r"^(lraspp|deeplabv3|fcn)_|^smp/[^/]*/?", "", name))
+    return _load(backbone, state, given, f"the backbone of model.name={name}")
+
+
+def _load(model: nn.Module, state: Mapping[str, Any], given: str, of_what: str, num_classes: int | None = None) -> str:
+    """Load what fits; num_classes: of its classifiers, which may be missing; None: it has none."""
     own = model.state_dict()
     prefix = _prefix(state, own)
     fits = {key: state[prefix + key] for key in own if _fits(state.get(prefix + key), own[key])}
     left = [key for key in own if key not in fits]
     # Files from before torch 0.4.1 have no num_batches_tracked
     missing = [key for key in left if not key.endswith("num_batches_tracked")]
-    if missing and not (fits and _are_the_classifier(missing, own, num_classes)):
+    if missing and not (fits and num_classes and _are_classifiers(missing, own, num_classes)):
         tensor = state.get(prefix + missing[0])
         there = f"is {[*tensor.shape]} there" if isinstance(tensor, Tensor) else "is not there"
         raise UserError(
-            f"model.weights={weights} has {len(fits)} of the {len(own)} tensors of model.name={name} "
+            f"{given} has {len(fits)} of the {len(own)} tensors of {of_what} "
             f"({missing[0]} {[*own[missing[0]].shape]} {there}): name the model that was trained"
         )
     model.load_state_dict(fits, strict=False)
     kept = f" (left: {some(left, 4)})" if left else ""
-    return f"loaded {len(fits)} of {len(own)} tensors from {weights}{kept}"
+    return f"loaded {len(fits)} of {len(own)} tensors from {given.partition('=')[2]}{kept}"
 
 
-def _of_torchvision(name: str, weights: str) -> Mapping[str, Any]:
+def _read(given: str, weights: str, name: str) -> Mapping[str, Any]:
+    """The state_dict in a file, or of the model by that name in torchvision's store. given: the key and its value."""
+    return _of_file(given, weights) if Path(weights).is_file() else _of_torchvision(given, weights, name)
+
+
+def _of_torchvision(given: str, weights: str, name: str) -> Mapping[str, Any]:
     import torchvision
 
     try:
         return torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"model.weights={weights}: neither a file nor weights that torchvision has for {name}"
-        ) from error
+        raise UserError(f"{given}: neither a file nor weights that torchvision has for {name}") from error
 
 
-def _of_file(path: str) -> Mapping[str, Any]:
+def _of_file(given: str, path: str) -> Mapping[str, Any]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"model.weights={path} holds more than tensors (a pickled module?), and is not read, as it may run code: "
+            f"{given} holds more than tensors (a pickled module?), and is not read, as it may run code: "
             "torch.save(model.state_dict(), FILE) makes a file that is"
         ) from error
     except Exception as error:  # a file that is cut short or of another kind raises many kinds
-        raise UserError(f"model.weights={path} is no file of torch.save ({type(error).__name__}), or broken") from error
+        raise UserError(f"{given} is no file of torch.save ({type(error).__name__}), or broken") from error
     state = _state_dict(held)
     if state is None:
-        raise UserError(f"model.weights={path} holds no state_dict but a {type(held).__name__}: save a state_dict")
+        raise UserError(f"{given} holds no state_dict but a {type(held).__name__}: save a state_dict")
     return state
 
 
@@ -92,7 +119,7 @@ def _fits(tensor: Any, own: Tensor | None) -> bool:
     return isinstance(tensor, Tensor) and own is not None and tensor.shape == own.shape
 
 
-def _are_the_classifier(keys: list[str], own: Mapping[str, Tensor], num_classes: int) -> bool:
-    """Whether they are of one module at most, with a score for each class."""
+def _are_classifiers(keys: list[str], own: Mapping[str, Tensor], num_classes: int) -> bool:
+    """Whether they are of few modules, each with a score for each class."""
     modules = {key.rpartition(".")[0] for key in keys}
-    return len(modules) < 2 and all(own[key].shape[:1] == (num_classes,) for key in keys)
+    return len(modules) <= MOST_CLASSIFIERS and all(own[key].shape[:1] == (num_classes,) for key in keys)

@@ -30,7 +30,8 @@ def evaluate(config: Config, ranks: World) -> int:
 
 def needed(config: Config) -> Config:
     """The config to build from: nothing in it that training alone needs could refuse other data."""
-    config = replace(config, model=replace(config.model, weights=None), train=replace(config.train, cuda_graph=False))
+    model = replace(config.model, weights=None, backbone_weights=None)
+    config = replace(config, model=model, train=replace(config.train, cuda_graph=False))
     if config.eval.recalibrate:  # takes training batches, as they were
         return config
     return replace(

@@ -35,6 +35,8 @@ OUTSIDE = (
     "data.cache",
     "train.log_every",
 )
+# Keys whose value is a mapping of any names: what it holds more is no newer key, but another value
+MAPPINGS = ("model.options", "optim.lr_factors")
 
 
 class RunFolder:
@@ -200,7 +202,7 @@ def legal(name: str) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What shapes the training and differs: "optim.lr 0.1 -> 0.2" each. A key that is newer than old is left out."""
-    before, after = flat(old), flat(new)
+    before, after = (flat(config, whole=MAPPINGS) for config in (old, new))
     keys = [key for key in before or after if not _outside(key) and before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
 
