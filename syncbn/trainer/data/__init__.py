@@ -68,7 +68,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
     ignore_index: int = option(IGNORED, "with masks: the number of pixels that count for nothing, and of no class")
-    scenes: int = option(600, "data=digit_scenes: training scenes; a quarter as many for eval")
+    scenes: int = option(1200, "data=digit_scenes: training scenes; a quarter as many for eval")
     fake_samples: int = option(512, "data=fake: training images; a fifth as many for eval")
     fake_classes: int = option(10, "data=fake: classes")
 
