@@ -27,7 +27,9 @@ class NormConfig:
         "auto", "how ranks add up: auto, all_reduce, gather (in the order of ranks), one_shot (GPUs)"
     )
     fuse: bool = option(False, "the layers also do the ReLU after them and the addition between")
-    momentum: int | float | str | None = option(None, "of running statistics; none: the model's; auto: docs/norms.md")
+    momentum: int | float | str | None = option(
+        None, "of running statistics, if there are any; none: the model's; auto: docs/norms.md"
+    )
     groups: int = option(32, "groups of channels, at most: the largest number that divides them and leaves two in each")
     sub_batch: int = option(32, "norm=ghost: images of a rank that are one batch; 32 as in docs/norms.md")
     renorm_steps: int = option(1000, "norm=batch_renorm: forwards until r and d may be as large as the paper has them")
@@ -49,7 +51,8 @@ class NormConfig:
                 raise UserError(f"norm.{key}={getattr(self, key)}: give 1 or more")
         for key in fields(self)[1:]:
             value, able = getattr(self, key.name), [word for word, norm in NORMS.items() if key.name in norm.keys]
-            if value != key.default and self.name not in able:
+            # No norm has momentum for its own: a recipe may give it to all
+            if able and value != key.default and self.name not in able:
                 raise UserError(
                     f"norm.{key.name}={_spelled(value)} with norm={self.name}: only norm={', '.join(able)} "
                     f"{'has' if len(able) == 1 else 'have'} that; take it, or no norm.{key.name}="
@@ -257,10 +260,10 @@ def _frn(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Module,
 
 NORMS = {
     # Peng et al. 2018, arXiv:1711.07240
-    "sync": Norm(_sync, "group", ("group", "reduction", "fuse", "momentum"), running=True),
+    "sync": Norm(_sync, "group", ("group", "reduction", "fuse"), running=True),
     # Ioffe & Szegedy 2015, arXiv:1502.03167
-    "local": Norm(_local, "rank", ("momentum",), running=True),
-    "torch": Norm(_torch, "group", ("momentum",), running=True),
+    "local": Norm(_local, "rank", running=True),
+    "torch": Norm(_torch, "group", running=True),
     # Wu & He 2018, arXiv:1803.08494
     "group": Norm(_each(_group), "image", ("groups",)),
     # Ba et al. 2016, arXiv:1607.06450
@@ -268,9 +271,9 @@ NORMS = {
     # Ulyanov et al. 2016, arXiv:1607.08022
     "instance": Norm(_each(lambda layer, _: sample.InstanceNorm(layer.num_features)), "image"),
     # Ioffe 2017, arXiv:1702.03275
-    "batch_renorm": Norm(_batch_renorm, "group", ("group", "momentum", "renorm_steps"), running=True),
+    "batch_renorm": Norm(_batch_renorm, "group", ("group", "renorm_steps"), running=True),
     # Hoffer et al. 2017, arXiv:1705.08741
-    "ghost": Norm(_ghost, "sub-batch", ("sub_batch", "momentum"), running=True),
+    "ghost": Norm(_ghost, "sub-batch", ("sub_batch",), running=True),
     "frozen": Norm(_frozen, "none", running=True),
     # Qiao et al. 2019, arXiv:1903.10520
     "ws_group": Norm(_ws_group, "image", ("groups",)),

@@ -89,11 +89,6 @@ MISFITS = {
         "norm.reduction=gather with norm=batch_renorm: only norm=sync",
     ),
     "reduction-word": ("sync", {"reduction": "sum"}, "norm.reduction=sum: choose one of auto, all_reduce, gather, one"),
-    "momentum": (
-        "frozen",
-        {"momentum": 0.5},
-        "norm.momentum=0.5 with norm=frozen: only norm=sync, local, torch, batch",
-    ),
     "groups": ("frn", {"groups": 4}, "norm.groups=4 with norm=frn: only norm=group, ws_group, evonorm_s0 have that"),
     "sub_batch": ("local", {"sub_batch": 2}, "norm.sub_batch=2 with norm=local: only norm=ghost has that"),
     "renorm_steps": ("sync", {"renorm_steps": 2}, "only norm=batch_renorm has that"),
@@ -269,3 +264,7 @@ def test_momentum_is_what_is_given_else_the_models_own(word):
     for given, momentum in ((None, 0.25), (0.5, 0.5), (1, 1)):
         net = nn.Sequential(nn.BatchNorm2d(3, momentum=0.25))
         assert converted(net, word, momentum=given)[0][0].momentum == momentum
+
+
+def test_a_recipe_may_set_the_momentum_of_norms_without_running_statistics():
+    assert norms.NormConfig("group", momentum=0.1).momentum == 0.1
