@@ -11,22 +11,19 @@ size, and F.
 """
 
 import argparse
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.measure import records
 from benchmarks.measure.records import Result
-from syncbn.trainer.errors import PREEMPTED
+from benchmarks.trainer.study import image_folder, time_taken, train, worst
 from syncbn.trainer.report.plots import styled
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.runs import reader
-from syncbn.trainer.runs.sweep_folder import Sweep, is_sweep, read_sweep
+from syncbn.trainer.runs.sweep_folder import Sweep
 
 NORMS = ("local", "sync", "group", "batch_renorm", "ws_group", "none")
 BATCHES = (1, 2, 4, 8, 32)
@@ -34,18 +31,6 @@ SEEDS = (0, 1, 2)
 
 Cells = dict[tuple[str, int], list[float]]
 """(norm, images a rank) -> a value of each seed that came to its end"""
-
-
-def train(data: Path, root: Path, more: Sequence[str] = ()) -> Sweep:
-    """Run every point that has not been run, each with more words."""
-    swept = {"seed": SEEDS, "data.batch_per_rank": BATCHES, "norm": NORMS}
-    words = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
-    words += [f"data.root={data.absolute()}", f"run.root={root}", *more]
-    done = subprocess.run([sys.executable, "train.py", "-m", "experiment=small_batch/cifar10", *words], check=False)
-    sweeps = [read_sweep(folder) for folder in root.glob("sweep-*") if is_sweep(folder)]
-    if done.returncode == PREEMPTED or not sweeps:
-        sys.exit(done.returncode)
-    return max(sweeps, key=lambda sweep: sweep.began)  # points may have come to nothing, as a norm may at one image
 
 
 def figures(sweep: Sweep, root: Path, of: Callable[[reader.Run], float | None]) -> Cells:
@@ -78,13 +63,6 @@ def regained(run: reader.Run) -> float | None:
     if "eval/recalibrated_accuracy" not in metrics:
         return None
     return 100 * (metrics["eval/recalibrated_accuracy"] - metrics["eval/accuracy"])
-
-
-def worst(figure: str, of: Callable[..., float]) -> Callable[[reader.Run], float | None]:
-    """The worst layer's last value of a figure of drift."""
-    return lambda run: (
-        of([points[max(points)] for points in run.drift[figure].values()]) if figure in run.drift else None
-    )
 
 
 TABLES: dict[str, Callable[[reader.Run], float | None]] = {
@@ -128,13 +106,6 @@ def draw(cells: Cells, file: Path) -> None:
     figure.savefig(file, dpi=150, facecolor="white", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def image_folder(name: str) -> Path:
-    folder = Path(name)
-    if not (folder / "train").is_dir():
-        raise argparse.ArgumentTypeError(f"{folder} has no folder 'train'")
-    return folder
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=image_folder, help="CIFAR-10 as an image folder")
     parser.add_argument(
@@ -145,14 +116,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Result]:
-    sweep = train(options.data, options.runs, options.words)
+    swept = {"seed": SEEDS, "data.batch_per_rank": BATCHES, "norm": NORMS}
+    sweep = train("small_batch/cifar10", swept, options.data, options.runs, options.words)
     for title, of in TABLES.items():
         yield from rows(title, figures(sweep, options.runs, of))
-    took = [
-        json.loads((options.runs / p.run / "result.json").read_text())["duration_s"]
-        for p in sweep.points
-        if p.done and p.run
-    ]
-    print(f"\n{len(took)} runs, {sum(took) / 3600:.1f} h of training")
+    print(f"\n{time_taken(sweep, options.runs)}")
     if options.plot:
         draw(figures(sweep, options.runs, error), options.plot)
