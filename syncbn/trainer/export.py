@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
 
     weights.pt is a state_dict, of the average if there is one, that the model by the same name loads, torchvision's or
     ours, with nn.BatchNorm layers, or those of its norm, where that is no batch norm. program.pt2 is a torch.export
-    program of the model in eval mode, from float32 images [N, 3, H, W] to scores [N, classes], for any N. model.json
-    tells what to feed them.
+    program of the model in eval mode, from float32 images [N, 3, H, W] to scores [N, classes], for any N; of a
+    segmentation to scores [N, classes, H, W], for any H and W where the model allows it. model.json tells what to feed
+    them.
 
     Args:
         source: a checkpoint, or a run's folder for its latest.
@@ -45,9 +46,8 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
     if size is not None and size < 1:
         raise UserError(f"--size {size}: give a side of images in pixels, 1 or more")
     path, state = resume.load_checkpoint(source / "checkpoints" / "best" if best else source)
-    facts = described(state, size)
+    facts, task, model = described(state, size), task_of(state), plain_model(state, path)
     height, width = facts["size"]
-    model = plain_model(state, path)
     if folder is None:
         folder = (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "export"
     weights, program, card = (folder / name for name in ("weights.pt", "program.pt2", "model.json"))
@@ -55,19 +55,21 @@ def export(source: Path, folder: Path | None = None, *, size: int | None = None,
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), weights)
         card.write_text(json.dumps(facts, indent=1) + "\n")
-        torch.export.save(traced(model, height, width, weights), program)
+        exported, any_size = traced(task, model, height, width, weights)
+        torch.export.save(exported, program)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
         raise UserError(f"{folder} cannot be written ({first_line(error)}): give another folder with -o") from None
+    sides = "H, W" if any_size else f"{height}, {width}"
     return {
         "checkpoint": f"{path}, step {facts['step']}",
         "weights": f"{weights}, a state_dict of {facts['model']} with "
         + ("plain batch norm" if is_plain(norm_of(state)) else f"norm={facts['norm']}"),
         "program": f"{program}, for torch.export.load",
         "facts": str(card),
-        "images": f"float32 [N, 3, {height}, {width}], pixels in 0..1, then (pixel - mean) / std",
+        "images": f"float32 [N, 3, {sides}], pixels in 0..1, then (pixel - mean) / std",
         "mean, std": f"{facts['mean']}, {facts['std']}",
         "classes": f"{len(facts['classes'])}: {some(facts['classes'], MOST_CLASSES)}",
-        **in_words(facts["eval"], task_of(state).metrics),
+        **in_words(facts["eval"], task.metrics),
     }
 
 
@@ -91,9 +93,10 @@ def described(state: State, size: int | None) -> dict[str, Any]:
 
 def plain_model(state: State, path: Path) -> nn.Module:
     """The model of a checkpoint in eval mode, on the CPU, its batch norm torch's; another norm is as it was trained."""
-    name, norm = state["config"]["model"]["name"], norm_of(state)
+    config, norm = state["config"]["model"], norm_of(state)
+    name, options = config["name"], config.get("options", {})  # there were none before
     outputs = task_of(state).outputs or len(state["classes"])
-    model = models.build(ModelConfig(name=name), outputs)
+    model = models.build(ModelConfig(name=name, options=options), outputs)
     if is_plain(norm):
         model = syncbn.revert(model)  # a user's own builder may have converted it
     else:
@@ -115,17 +118,38 @@ def is_plain(norm: NormConfig) -> bool:
     return norms.NORMS[norm.name].running
 
 
-def traced(model: nn.Module, height: int, width: int, weights: Path) -> torch.export.ExportedProgram:
-    """The model as a program for images of one size, any number of them. Raises UserError."""
-    example = torch.zeros(2, 3, height, width)
+def traced(
+    task: tasks.Task, model: nn.Module, height: int, width: int, weights: Path
+) -> tuple[torch.export.ExportedProgram, bool]:
+    """A program for any number of images, and whether it takes those of any size, or of this one. Raises UserError."""
+    exported = task.exported(model)
     try:
         with torch.no_grad(), silence():
-            return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            if task.any_size and (program := of_any_size(exported, height, width)):
+                return program, True
+            return program_of(exported, torch.zeros(2, 3, height, width), {}), False
     except Exception as error:  # whatever the model's code raises in it
         raise UserError(
             f"torch.export can make no program of the model for images of {height}×{width} ({first_line(error)}): "
             f"another --size, or {weights} alone, which is written"
         ) from None
+
+
+def of_any_size(model: nn.Module, height: int, width: int) -> torch.export.ExportedProgram | None:
+    """A program for images of any size, shown this one and tried on another; None if the model has no such."""
+    auto = torch.export.Dim.AUTO
+    try:
+        program = program_of(model, torch.zeros(2, 3, height, width), {2: auto, 3: auto})
+        program.module()(torch.zeros(1, 3, height + 3, width + 5))
+    except Exception:  # whatever the model's code raises in it
+        return None
+    return program
+
+
+def program_of(model: nn.Module, images: torch.Tensor, sizes: Mapping[int, Any]) -> torch.export.ExportedProgram:
+    """The model as a program for any number of images. sizes: dimensions that vary besides."""
+    varies = {0: torch.export.Dim("batch", min=1), **sizes}
+    return torch.export.export(model, (images,), dynamic_shapes=(varies,))
 
 
 @contextmanager

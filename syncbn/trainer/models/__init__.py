@@ -80,7 +80,8 @@ def _built(config: ModelConfig, num_classes: int) -> Any:
             ) from error
         if config.name.startswith(smp.PREFIX):
             raise UserError(
-                f"model.name={config.name} cannot be built ({first_line(error)}): choose another architecture or encoder"
+                f"model.name={config.name} cannot be built ({first_line(error)}): choose another architecture or "
+                "encoder"
             ) from error
         deeper = error.__traceback__ and error.__traceback__.tb_next
         if not isinstance(error, TypeError) or (deeper and "num_classes" not in text):

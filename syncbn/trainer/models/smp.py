@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,12 +44,15 @@ def builder(name: str) -> Callable[..., nn.Module]:
 def _refuse_unknown(name: str, what: str, given: str, there_are: list[str]) -> None:
     if given not in there_are:
         near = difflib.get_close_matches(given, there_are, n=3) or sorted(there_are)[:3]
-        raise UserError(f"model.name={name}: no such {what}; near it: {', '.join(near)}; it is smp/ARCHITECTURE/ENCODER")
+        raise UserError(f"model.name={name}, as in smp/unet/resnet34: no such {what}; near it: {', '.join(near)}")
 
 
-def _build(library: Any, architecture: str, encoder: str = "resnet34", *, num_classes: int, **options: Any) -> nn.Module:
-    # Nothing is fetched unless asked for
-    options = {"encoder_weights": None, **options}
+def _build(library: Any, architecture: str, encoder: str = "resnet34", *, num_classes: int, **given: Any) -> nn.Module:
+    taken = inspect.signature(library.MODEL_ARCHITECTURES_MAPPING[architecture.lower()]).parameters
+    # The library takes any, and hands those that it does not know to timm
+    if (unknown := given.keys() - taken.keys()) and not encoder.startswith("tu-"):
+        raise TypeError(f"{architecture} takes no {min(unknown)}, but {', '.join(taken)}")
+    options = {"encoder_weights": None, **given}  # nothing is fetched unless asked for
     model = library.create_model(architecture, encoder, classes=num_classes, **options)
     if model.requires_divisible_input_shape:
         model.__class__ = type(type(model).__name__, (Padded, type(model)), {})

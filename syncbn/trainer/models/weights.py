@@ -37,7 +37,7 @@ def load_backbone(model: nn.Module, name: str, weights: str) -> str:
     backbone = next((module for part, module in model.named_children() if part in BACKBONES), None)
     if backbone is None:
         raise UserError(
-            f"{given}: model.name={name} has no part named {' or '.join(BACKBONES)}; model.weights=FILE is for the whole"
+            f"{given}: model.name={name} has no part named {' or '.join(BACKBONES)}; model.weights=FILE loads it whole"
         )
     # deeplabv3_resnet50, smp/unet/resnet50: the classifier's name is in the model's
     state = _read(given, weights, re.sub(r"^(lraspp|deeplabv3|fcn)_|^smp/[^/]*/?", "", name))

@@ -45,6 +45,7 @@ class Segment(Task):
 
     weighs = "values"
     targets = "masks"
+    any_size = True
 
     def __init__(self, classes: Sequence[str] | None = None, options: Objective | None = None):
         self.classes, self.options = classes or (), options or Objective()
@@ -103,6 +104,9 @@ class Segment(Task):
             "loss": float(sums["loss"] / sums["weight"]) if sums["weight"] > 0 else 0.0,
             **{f"iou_{name}": iou for name, iou in ious.items()},
         }
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        return AtImageSize(model)
 
     def pictures(self, model: nn.Module, batch: Batch, pixels: Any) -> list[Picture]:
         pictures = [Picture(self._legend(), ", ".join(f"{i} {name}" for i, name in enumerate(self.classes)))]
@@ -202,6 +206,20 @@ def dice_losses(scores: Tensor, masks: Tensor) -> Tensor:
     dice = 2 * (guess * truth).sum((2, 3)) / (guess.sum((2, 3)) + pixels).clamp(min=1)
     there = pixels > 0
     return torch.where(there, 1 - dice, 0.0).sum(1) / there.sum(1).clamp(min=1)
+
+
+class AtImageSize(nn.Module):
+    """The scores [N, K, H, W] of a model for images [N, 3, H, W], whatever it returns them in, and at whatever size."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = find_scores(self.model(images))
+        assert scores is not None, "it was trained"
+        # Where the size is the same already nothing changes; to ask would make a program for that case alone
+        return F.interpolate(scores, images.shape[-2:], mode="bilinear")
 
 
 def alike(batch: Batch) -> list[tuple[Tensor, Tensor]]:

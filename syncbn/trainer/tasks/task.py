@@ -58,6 +58,9 @@ class Task(ABC):
     stacked: bool = True
     """Whether the images of a batch are one tensor [B, 3, H, W], or a list, each of its own size."""
 
+    any_size: bool = False
+    """Whether an exported program takes images of any size, where its model does, or of that of training alone."""
+
     outputs: int | None = None
     """How many numbers the model is to give for an image, its builder's num_classes; None: the classes of the data."""
 
@@ -106,6 +109,10 @@ class Task(ABC):
         pixels: the batch's images before they were normalised, uint8.
         """
         return ()
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        """What an exported program computes of images [N, 3, H, W]: one tensor; the model unless overridden."""
+        return model
 
     def example(self, batch: Batch, samples: int) -> Any:
         """A batch of so many samples that is as dear as any, made of one of the data's: what probes of memory take."""
