@@ -64,7 +64,7 @@ class DriftMonitor:
             ranks' models or levels differ (the same on every rank).
 
     Collective: every rank opens it, and reads it at the same steps. Opening sends a small message. Reading sends, over
-    the default process group, 11 C + 8 float64 for each layer in one all_reduce, and 6 in one all_gather; for layers
+    the default process group, 11 C + 9 float64 for each layer in one all_reduce, and 6 in one all_gather; for layers
     that do not synchronise, 4 (2 C + 1) in one all_reduce more.
 
     Source: docs/math.md, "Drift".
@@ -87,19 +87,22 @@ class DriftMonitor:
         self._windows = Windows(self._layers, horizon)
         self._hidden: set[str] = set()
         self._said: set[str] = set()
-        self._forwards = torch.zeros(len(self._modules), dtype=torch.float64)
+        self._began = self._tracked().cpu()
+        self._batches = torch.zeros_like(self._began)
 
     def read(self) -> Reading:
         """The figures and verdicts of now. It waits for the device, once. Collective: see DriftMonitor."""
         if not self._modules:
             return Reading({}, {}, [])
-        mine, marks = self._collect()
-        whole = collectives.sum_rows(mine, self._everyone)
+        mine, batches, marks = self._collect()
+        summed = collectives.sum_rows(torch.cat([mine, batches]), self._everyone)
+        whole, batches = summed.split([len(mine), len(batches)])
+        self._batches = batches / self._ranks
         layers = self._layers
         broken = torch.zeros(len(layers.channels)).index_add_(0, layers.of_all, (~whole.isfinite()).float()) > 0
         mine, whole = (t.masked_fill(broken[layers.of_all], 0.0) for t in (mine, whole))
         sums = self._seen(layers.unpack(whole))
-        self._windows.add(mine, whole, self._warm(sums, sizes(sums, layers, self._traits())))
+        self._windows.add(mine, whole, self._warm(sizes(sums, layers, self._traits())))
         return self._judge(marks)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class DriftMonitor:
         windows, mine = self._windows.state()
         shared |= windows | {
             "ranks": self._ranks,
-            "forwards": self._forwards.clone(),
+            "began": self._began.clone(),
             "hidden": sorted(self._hidden),
             "said": sorted(self._said),
         }
@@ -145,7 +148,7 @@ class DriftMonitor:
         compatibility.check_state(shared, self._modules, self._level, self._ranks if own is not None else None)
         if not self._modules:
             return
-        self._forwards, self._hidden = shared["forwards"].clone(), set(shared["hidden"])
+        self._began, self._hidden = shared["began"].clone(), set(shared["hidden"])
         self._windows.clear()
         self._said = set() if own is None else set(shared["said"])
         for one in (*self._stores, *self._local):
@@ -170,8 +173,9 @@ class DriftMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _collect(self) -> tuple[Tensor, Tensor]:
-        """This rank's packed Sums, and marks [L, 2] int64 of its running statistics; on the CPU, by one copy."""
+    def _collect(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's packed Sums, the batches [L] that moved its running statistics while they were watched, and marks
+        [L, 2] int64 of them; on the CPU, by one copy."""
         read = dict(pair for store in self._stores for pair in store.read())
         if self._local:
             messages = [one.messages() for one in self._local]
@@ -180,9 +184,15 @@ class DriftMonitor:
             read |= {one.layer: one.read(s.view_as(m)) for one, s, m in zip(self._local, summed, messages, strict=True)}
         sums = self._layers.pack([read[layer] for layer in self._modules.values()])
         marks = self._fingerprints.take(sums.device)
-        packed = torch.cat([sums, marks.flatten().view(torch.float64)]).cpu()
-        sums, marks = packed.split([packed.numel() - marks.numel(), marks.numel()])
-        return sums, marks.view(torch.int64).view(-1, 2)
+        parts = [sums, self._tracked(sums.device), marks.flatten().view(torch.float64)]
+        sums, tracked, marks = torch.cat(parts).cpu().split([len(part) for part in parts])
+        return sums, tracked - self._began, marks.view(torch.int64).view(-1, 2)
+
+    def _tracked(self, device: torch.device | None = None) -> Tensor:
+        """[L] float64: the batches that have moved each layer's running statistics; 0 where there are none."""
+        counts = [m.num_batches_tracked for m in self._modules.values()]
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        return torch.stack([nothing if count is None else count.to(nothing.device) for count in counts]).double()
 
     def _judge(self, marks: Tensor) -> Reading:
         layers, traits = self._layers, self._traits()
@@ -208,6 +218,8 @@ class DriftMonitor:
                 (likely.between_ranks + tests).tolist(),
                 offset_chance.T.tolist(),
                 offsets.T.tolist(),
+                [m.momentum for m in self._modules.values()],
+                self._batches.tolist(),
                 strict=True,
             )
         ]
@@ -243,10 +255,9 @@ class DriftMonitor:
             image_freedom=sums.image_freedom.masked_fill(hidden, 0.0),
         )
 
-    def _warm(self, sums: Sums, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _warm(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """figures, without a lag while running statistics may still be on their way from where they began."""
-        self._forwards += sums.forwards / self._ranks
-        cold = self._forwards <= (3 / self._traits().momentum).clamp(max=_WARM)
+        cold = self._batches <= (3 / self._traits().momentum).clamp(max=_WARM)
         return figures | {name: figures[name].masked_fill(cold, torch.nan) for name in ("lag", "lag_logvar")}
 
     def _traits(self) -> Traits:
@@ -289,7 +300,7 @@ class DriftMonitor:
             log.warning(text)
 
 
-# Forwards after which running statistics have no excuse, however slow they are
+# Batches after which running statistics have no excuse, however slow they are
 _WARM = 100.0
 
 

@@ -12,6 +12,8 @@ SMALL_BATCH = 12.0
 _SLACK = 1.25
 # How far batches lie from the running statistics: in standard deviations, and in nats of variance, ln 2
 LAG, LAG_LOGVAR = 0.5, 0.7
+# The share of running statistics that is still from before the batches, of which more is a reason for a lag
+OLD = 0.05
 # Differences between ranks that are smaller harm nobody, however sure they are: ICC, standard deviations of an image
 SMALL_ICC, SMALL_OFFSET = 0.01, 0.1
 # So many ranks are listed
@@ -53,6 +55,7 @@ class Evidence(NamedTuple):
     log_chance: ln of how likely chance alone is to have ranks differ so, without the window that speaks most for it,
         and corrected for all that is tested. log_chance_of_ranks: the same for each rank to stand apart.
     offsets: of each rank, in standard deviations of an image.
+    momentum: of the running statistics; None: they are the mean of all batches. batches: that moved them while watched.
     """
 
     layer: str
@@ -62,6 +65,8 @@ class Evidence(NamedTuple):
     log_chance: float
     log_chance_of_ranks: Sequence[float]
     offsets: Sequence[float]
+    momentum: float | None
+    batches: float
 
 
 def buffers_diverged(buffer: str, prints: Sequence[object], layer: str) -> Verdict | None:
@@ -111,7 +116,14 @@ def running_statistics_lag(layers: Sequence[Evidence], again: bool) -> Verdict |
         return None
     mean, factor = worst.typical["lag"], math.exp(worst.typical["lag_logvar"])
     evidence = f"mean by {mean:.1f} σ, variance by a factor {factor:.1f} at {worst.layer}"
-    return Verdict("running statistics lag", f"running statistics lag ({evidence})", worst.layer)
+    return Verdict("running statistics lag", f"running statistics lag ({evidence}){_slow(worst)}", worst.layer)
+
+
+def _slow(one: Evidence) -> str:
+    """Whether the momentum is too small for so few batches, and the mend."""
+    if one.momentum is None or (1 - one.momentum) ** one.batches <= OLD:
+        return ""
+    return f": momentum {one.momentum:g} has seen {one.batches:.0f} batches; raise it, or recalibrate"
 
 
 def batch_too_small(layers: Sequence[Evidence], again: bool) -> Verdict | None:

@@ -127,8 +127,8 @@ def test_n_eff_of_a_small_local_batch_is_too_small_and_synchronising_would_help(
     assert synced.layers["bn1"]["n_eff"] == pytest.approx(small.layers["bn1"]["n_eff_synced"], rel=0.2)
 
 
-def lagging(rank, momentum):
-    model = net()
+def lagging(rank, momentum, sync=True):
+    model = net(sync)
     for layer in (model.bn1, model.bn2):
         layer.momentum = momentum
     monitor = DriftMonitor(model)
@@ -144,9 +144,16 @@ def test_running_statistics_that_are_late_are_named():
     reading = run_ranks(lagging, 2, 0.0005)[0]
     assert reading.verdicts[0].kind == "running statistics lag"
     assert reading.layers["bn1"]["dmean_z"] > 2
+    assert reading.verdicts[0].text.endswith(": momentum 0.0005 has seen 140 batches; raise it, or recalibrate")
     reading = run_ranks(lagging, 2, 0.1)[0]
     assert [v for v in reading.verdicts if v.kind == "running statistics lag"] == []
     assert reading.layers["bn1"]["dmean_z"] == pytest.approx(1, abs=0.3)
+
+
+def test_so_are_those_of_layers_that_are_watched_in_some_forwards_alone():
+    reading = run_ranks(lagging, 2, 0.0005, False)[0]
+    (text,) = [verdict.text for verdict in reading.verdicts if "lag" in verdict.kind]
+    assert text.endswith(": momentum 0.0005 has seen 140 batches; raise it, or recalibrate")
 
 
 def messages_of(rank, level):
@@ -176,7 +183,7 @@ def test_a_step_sends_what_it_sends_without_a_monitor():
     for level in "rank", "image":
         (observed, reading, same), _ = run_ranks(messages_of, 2, level)
         assert observed == steps
-        assert reading == [("all_reduce", 2 * (11 * CHANNELS + 8)), ("all_gather", 2 * 6)]
+        assert reading == [("all_reduce", 2 * (11 * CHANNELS + 9)), ("all_gather", 2 * 6)]
         assert_close(same, outputs, rtol=0, atol=0)
 
 

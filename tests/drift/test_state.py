@@ -186,7 +186,7 @@ def late_state(rank):
 
 
 def in_another_world(rank, state):
-    """What is said by a monitor of other ranks, though it was used before, and by one that knows nothing of before."""
+    """What is said by a monitor of other ranks, though it was used before, and by one without a state."""
     said = []
     for drift in {"shared": state["drift"]["shared"], "own": None}, None:
         model, monitor = opened(Case())
@@ -205,7 +205,36 @@ def test_of_another_number_of_ranks_only_how_long_it_trained_is_known():
 
     for resumed_there, afresh in run_ranks(in_another_world, 3, state):
         assert resumed_there == [False, False, True, True], "from the third reading on"
-        assert not any(afresh), "statistics may still be on their way"
+        assert afresh == resumed_there, "the layers have counted the batches that they saw before"
+
+
+def tuned(resume_at):
+    """What is said of layers that come with the counts and statistics of another training, reading by reading."""
+
+    def begun(batches):
+        model = net()
+        for layer in model.bn1, model.bn2:
+            layer.momentum = 0.01
+            layer.num_batches_tracked.fill_(batches)
+        return model, DriftMonitor(model)
+
+    (model, monitor), said = begun(100_000), []
+    for step in range(140):
+        model(images(0, step, 4, shift=4.0))
+        if step % 10 == 9:
+            said += [verdict.text.partition(": ")[2] for verdict in monitor.read().verdicts if "lag" in verdict.kind]
+        if step == resume_at:
+            state = saved(model, monitor)
+            model, monitor = begun(0)
+            model.load_state_dict(state["model"])
+            monitor.load_state_dict(state["drift"])
+    return said
+
+
+@pytest.mark.parametrize("resume_at", [None, 45, 109])
+def test_batches_count_from_when_they_were_watched(resume_at):
+    because = "momentum 0.01 has seen {} batches; raise it, or recalibrate"
+    assert tuned(resume_at) == [because.format(n) for n in (110, 120, 130, 140)]
 
 
 def with_horizons(rank, before, after):

@@ -10,9 +10,10 @@ RANK_1 = (UNSURE, SURE, UNSURE, UNSURE)
 
 
 def evidence(
-    layer="bn", *, typical=(), icc=0.0, chance=UNSURE, of_ranks=(UNSURE,) * 4, offsets=(0.0,) * 4, synced=True
-):
-    return Evidence(layer, {"icc": icc}, dict(typical), synced, chance, of_ranks, offsets)
+    layer="bn", *, typical=(), icc=0.0, chance=UNSURE, of_ranks=(UNSURE,) * 4, offsets=(0.0,) * 4, synced=True,
+    momentum=0.1, batches=1000.0,
+):  # fmt: skip
+    return Evidence(layer, {"icc": icc}, dict(typical), synced, chance, of_ranks, offsets, momentum, batches)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,23 @@ def test_a_small_batch_is_not_said_and_taken_back_by_turns(n_eff, again, said):
 def test_so_is_a_lag(lag, again, said):
     verdict = verdicts.running_statistics_lag([evidence(typical={"lag": lag, "lag_logvar": 0.1})], again)
     assert (verdict is not None) == said
+
+
+@pytest.mark.parametrize(
+    "momentum, batches, why",
+    [
+        (0.01, 200.0, ": momentum 0.01 has seen 200 batches; raise it, or recalibrate"),
+        (0.01, 298.0, ": momentum 0.01 has seen 298 batches; raise it, or recalibrate"),  # 0.99^298 = 5.003 %
+        (0.01, 299.0, ""),
+        (0.1, 200.0, ""),
+        (0.0, 1e6, ": momentum 0 has seen 1000000 batches; raise it, or recalibrate"),
+        (None, 200.0, ""),  # the mean of all batches
+    ],
+)
+def test_where_momentum_is_the_reason_for_a_lag_it_is_named(momentum, batches, why):
+    lag = evidence(typical={"lag": 0.9, "lag_logvar": 1.1}, momentum=momentum, batches=batches)
+    text = f"running statistics lag (mean by 0.9 σ, variance by a factor 3.0 at bn){why}"
+    assert verdicts.running_statistics_lag([lag], False).text == text
 
 
 def test_the_layer_that_is_worst_is_named_and_the_mend_is_its_own():

@@ -77,9 +77,12 @@ def one_value(error: ValueError, training: Training, config: Config) -> UserErro
     mends = [] if scope == "image" else [more_images]  # each image is taken by itself, so more are no help
     if scope in ("rank", "sub-batch"):
         mends.append("take norm=sync, over all ranks")
-    text = f"norm={norm} has one value per channel to take a variance of{at_layer(error, training.model.module)}"
+    name, shape = at_layer(error, training.model.module)
+    if not is_pooled(name, training.model.module):
+        mends.append("give larger images (data.size=)")
+    where = (f", at {name}" if name else "") + (f", whose input is {shape}" if shape else "")
     return UserError(
-        f"{text}: {', '.join([*mends, 'give larger images (data.size=)'])}, or norm=group",
+        f"norm={norm} has one value per channel to take a variance of{where}: {', '.join([*mends, 'or norm=group'])}",
         # Else a rank may have fewer images than the others
         on_every_rank=training.data.even and not training.data.skips,
     )
@@ -96,16 +99,22 @@ def unused(places: str, training: Training) -> UserError:
     )
 
 
-def at_layer(error: BaseException, model: nn.Module) -> str:
-    """In which layer of the model the error was raised, the innermost, and the shape that it tells."""
+def at_layer(error: BaseException, model: nn.Module) -> tuple[str, str]:
+    """In which layer of the model the error was raised, the innermost, and the shape that it tells; "" if unknown."""
     names = {module: name for name, module in model.named_modules() if name}
-    layer, frame = None, error.__traceback__
+    layer, frame = "", error.__traceback__
     while frame:
         module = frame.tb_frame.f_locals.get("self")
         layer = names.get(module, layer) if isinstance(module, nn.Module) else layer
         frame = frame.tb_next
     shape = re.search(r"[\[(]\d[\d, ]*[\])]", str(error))
-    return (f", at {layer}" if layer else "") + (f", whose input is {shape[0]}" if shape else "")
+    return layer, shape[0] if shape else ""
+
+
+def is_pooled(layer: str, model: nn.Module) -> bool:
+    """Whether the layer stands behind a pooling to one size, whatever that of the images: as in DeepLabv3's."""
+    around = model.get_submodule(layer.rpartition(".")[0])
+    return any(isinstance(module, nn.AdaptiveAvgPool2d) for module in around.children())
 
 
 def graph_break(error: BaseException) -> UserError | None:

@@ -12,10 +12,18 @@ from tests.ranks import run_ranks
 from tests.trainer.on_ranks import world_of
 
 
-def train(rank, norm, batch):
+SCENES = {
+    "data": {"name": "digit_scenes", "scenes": 8, "size": 64, "mean": [0.5] * 3, "std": [0.3] * 3, "batch_per_rank": 1},
+    "task": {"name": "segment"},
+    "model": {"name": "deeplabv3_mobilenet_v3_large"},
+}
+
+
+def train(rank, norm, batch, more=None):
     """What a training of one step ends with."""
     model = {"name": "tests.launch.nets:shrinking"}
-    config = typed({"norm": norm, "data": {"batch_per_rank": batch}, "model": model, "train": {"steps": 1}})
+    settings = more or {"data": {"batch_per_rank": batch}, "model": model}
+    config = typed({"norm": norm, "train": {"steps": 1}, **settings})
     world = world_of(rank)
     training = assemble(build(config, world), config, world)
     try:
@@ -60,3 +68,17 @@ def test_it_is_told_by_every_rank_in_a_line(norm, batch, ranks, said):
 )
 def test_where_there_are_two_it_trains(norm, batch):
     assert run_ranks(train, 2, norm, batch) == [None, None]
+
+
+def test_behind_a_pooling_larger_images_are_no_mend():
+    """DeepLabv3 takes a norm of the image's mean: at one image a rank there is one value, whatever its size."""
+    for kind, line, on_every_rank in run_ranks(train, 2, {"name": "local"}, 1, SCENES):
+        assert (kind, on_every_rank) == (UserError, True)
+        assert line == (
+            "norm=local has one value per channel to take a variance of, at classifier.0.convs.4.2, whose input is "
+            "[1, 256, 1, 1]: raise data.batch_per_rank=1, take norm=sync, over all ranks, or norm=group"
+        )
+
+
+def test_synchronised_it_trains():
+    assert run_ranks(train, 2, {"name": "sync"}, 1, SCENES) == [None, None]
