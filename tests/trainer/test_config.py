@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from syncbn.trainer import config
 from syncbn.trainer.config import Config
 from syncbn.trainer.norms import NORMS
-from syncbn.trainer.runs.folder import differences, is_legal, name_of
+from syncbn.trainer.option import flat
+from syncbn.trainer.runs.folder import MAPPINGS, differences, is_legal, name_of
 from tests.trainer.composed import CONF, composed
 
 BAD = {
@@ -56,6 +57,15 @@ BAD = {
     "eval.recalibrate=-1": "eval.recalibrate=-1: give 0 (off) or more batches",
     "optim.lr_batch=0": "optim.lr_batch=0: give 1 or more images; optim.scaling=none takes lr as it is",
     "optim.lr=0": "optim.lr=0.0: give a rate above 0",
+    "schedule.name=step": "schedule.name=step: choose one of cosine, poly",
+    "schedule.power=0": "schedule.power=0.0: give a power above 0",
+    "++optim.lr_factors.head=0": "optim.lr_factors.head=0: give a factor above 0",
+    "++optim.lr_factors={head: much}": "optim.lr_factors.head=much: give a factor above 0",
+    "++optim.lr_factors={head: true}": "optim.lr_factors.head=True: give a factor above 0",
+    "++optim.lr_factors={head: inf}": "optim.lr_factors.head=inf: give a finite number",
+    "model.options=3": "model.options: Cannot assign int to Dict",
+    "++model.options.num_classes=3": "model.options.num_classes: the data tells how many classes there are",
+    "++model.options.text={a: nan}": "model.options.text.a=nan: give a finite number",
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs=-1.0: give 0 or more",
     "task.label_smoothing=1": "task.label_smoothing=1.0: give a share",
     "wandb.mode=maybe": "wandb.mode=maybe: choose one of offline, online, disabled",
@@ -203,6 +213,45 @@ def test_the_word_on_a_group_replaces_that_of_an_earlier_run():
     for word, group in (("world", "world"), ("{samples: 4}", {"samples": 4}), ("2", 2)):
         merged = OmegaConf.merge(OmegaConf.create(earlier), OmegaConf.from_dotlist([f"norm.group={word}"]))
         assert config.typed(merged).norm.group == group
+
+
+MAPPED = {
+    "++model.options.width=32": ("model", "options", {"width": 32}),
+    "++model.options={width: 32, blocks: [1, 2]}": ("model", "options", {"width": 32, "blocks": [1, 2]}),
+    "++model.options.encoder.name=a": ("model", "options", {"encoder": {"name": "a"}}),
+    "++optim.lr_factors.classifier=10": ("optim", "lr_factors", {"classifier": 10}),
+    "++optim.lr_factors={head.0: 10}": ("optim", "lr_factors", {"head.0": 10}),
+    "++optim.lr_factors.head.conv=0.5": ("optim", "lr_factors", {"head.conv": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("word", "want"), MAPPED.items(), ids=MAPPED)
+def test_a_mapping_takes_any_names_and_survives_the_way_to_the_ranks(word, want):
+    built = composed(word)
+    section, key, value = want
+    assert getattr(getattr(built, section), key) == value
+    assert config.from_yaml(config.to_yaml(built)) == built
+
+
+def test_the_keys_that_are_mappings_are_listed():
+    assert sorted(key for key, value in flat(config.as_dict(Config())).items() if value == {}) == sorted(MAPPINGS)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {}, []),
+        ({}, {"width": 8}, ["model.options {} -> {'width': 8}"]),
+        ({"width": 8}, {}, ["model.options {'width': 8} -> {}"]),
+        ({"width": 8}, {"width": 8, "depth": 2}, ["model.options {'width': 8} -> {'width': 8, 'depth': 2}"]),
+        (None, {"width": 8}, []),  # a run from before there was the key
+    ],
+)
+def test_another_option_makes_another_run(before, now, said):
+    old, new = ({"seed": 0, "model": {"name": "unet", "options": options}} for options in (before, now))
+    if before is None:
+        del old["model"]["options"]
+    assert differences(old, new) == said
 
 
 def test_every_key_has_its_help():

@@ -37,6 +37,16 @@ def test_what_hydra_takes_is_left_as_it_is(typed, taken):
     assert command_line.understood(typed) == taken
 
 
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+@pytest.mark.parametrize(
+    "word", ["model.options.width=8", "model.options={width: 8}", "optim.lr_factors.head.conv=10", "model.options={}"]
+)
+def test_names_in_a_mapping_are_ones_own_to_choose(word, sign):
+    """Hydra takes them behind ++ alone."""
+    assert command_line.understood([sign + word]) == ["++" + word]
+    assert command_line.understood(["-m", sign + word + ",3"]) == ["-m", "++" + word + ",3"]
+
+
 def test_a_path_in_the_home_is_put_there(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert command_line.understood(["data.root=~/flowers"]) == ["data.root=/home/me/flowers"]

@@ -61,6 +61,84 @@ def test_a_classifier_of_other_classes_keeps_its_start_and_is_named(tmp_path, he
     assert state["fc.weight"].shape == (10, 64)
 
 
+def file_of(tmp_path, name, state):
+    path = tmp_path / name
+    torch.save(state, path)
+    return str(path)
+
+
+HEADS = {
+    "lraspp_mobilenet_v3_large": ["classifier.low_classifier", "classifier.high_classifier"],
+    "deeplabv3_mobilenet_v3_large": ["classifier.4", "aux_classifier.4"],
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_both_heads_of_a_segmentation_model_keep_their_start(tmp_path, name):
+    trained, said = models.build(ModelConfig(name), 21).state_dict(), []
+    weights = file_of(tmp_path, "weights.pt", trained)
+    state = models.build(ModelConfig(name, weights=weights), 5, said.append).state_dict()
+    left = [f"{head}.{kind}" for head in HEADS[name] for kind in ("weight", "bias")]
+    assert said == [f"loaded {len(trained) - 4} of {len(trained)} tensors from {weights} (left: {', '.join(left)})"]
+    assert [key for key in trained if not torch.equal(trained[key], state[key])] == left
+
+
+def test_three_layers_that_are_missing_are_refused(tmp_path):
+    weights = {k: v for k, v in STATE.items() if not k.startswith(("fc.", "bn1.", "blocks.0.bn1"))}
+    with pytest.raises(UserError, match=r"bn1.weight \[16\] is not there"):
+        models.build(ModelConfig("resnet8", weights=file_of(tmp_path, "weights.pt", weights)), 16)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_backbone_starts_from_a_classifier(tmp_path, name, prefix):
+    """mobilenet_v3_large's layers are named features.0 there, and backbone.0 here."""
+    classifier, said = models.build(ModelConfig("mobilenet_v3_large"), 10).state_dict(), []
+    weights = file_of(tmp_path, "classifier.pt", prefixed(prefix, classifier))
+    model = models.build(ModelConfig(name, backbone_weights=weights), 5, said.append)
+    backbone = model.backbone.state_dict()
+    assert said == [f"loaded {len(backbone)} of {len(backbone)} tensors from {weights}"]
+    assert all(torch.equal(value, classifier[f"features.{key}"]) for key, value in backbone.items())
+
+
+def test_torchvisions_own_weights_of_a_backbone_are_the_classifiers(monkeypatch):
+    classifier, asked = models.build(ModelConfig("mobilenet_v3_large"), 1000).state_dict(), []
+    monkeypatch.setattr(
+        "torchvision.models._api.WeightsEnum.get_state_dict", lambda self, **_: asked.append(str(self)) or classifier
+    )
+    model = models.build(ModelConfig("lraspp_mobilenet_v3_large", backbone_weights="DEFAULT"), 5)
+    assert asked == ["MobileNet_V3_Large_Weights.IMAGENET1K_V2"]
+    assert torch.equal(model.backbone.state_dict()["0.0.weight"], classifier["features.0.0.weight"])
+
+
+NO_BACKBONE = {
+    "without-one": ("unet", STATE, r"model.name=unet has no part named backbone or encoder; model.weights=FILE loads"),
+    "another": (
+        "lraspp_mobilenet_v3_large", STATE,
+        r"has 0 of the 308 tensors of the backbone of model.name=lraspp_mobilenet_v3_large \(0.0.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "state", "said"), NO_BACKBONE.values(), ids=NO_BACKBONE)
+def test_a_backbone_that_does_not_fit_is_refused_in_one_line(tmp_path, name, state, said):
+    weights = file_of(tmp_path, "weights.pt", state)
+    with pytest.raises(UserError, match=rf"model.backbone_weights=.*weights.pt.*{said}") as raised:
+        models.build(ModelConfig(name, backbone_weights=weights), 5)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_the_whole_and_of_the_backbone_are_one_too_many():
+    with pytest.raises(UserError, match="the former hold a backbone too; choose one of the two"):
+        ModelConfig("lraspp_mobilenet_v3_large", weights="DEFAULT", backbone_weights="DEFAULT")
+
+
+@pytest.mark.parametrize("key", ["weights", "backbone_weights"])
+def test_a_path_where_nothing_is_is_refused_before_any_rank_starts(key):
+    with pytest.raises(UserError, match=rf"model.{key}=a/b.pt: neither a file nor"):
+        models.refuse_missing(ModelConfig("lraspp_mobilenet_v3_large", **{key: "a/b.pt"}))
+
+
 class Pickled(nn.Linear):
     """A module, as torch.save keeps one whole."""
 
