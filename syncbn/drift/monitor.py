@@ -148,7 +148,8 @@ class DriftMonitor:
         compatibility.check_state(shared, self._modules, self._level, self._ranks if own is not None else None)
         if not self._modules:
             return
-        self._began, self._hidden = shared["began"].clone(), set(shared["hidden"])
+        began = shared.get("began", torch.zeros_like(self._began))  # older states have none
+        self._began, self._hidden = began.clone(), set(shared["hidden"])
         self._windows.clear()
         self._said = set() if own is None else set(shared["said"])
         for one in (*self._stores, *self._local):

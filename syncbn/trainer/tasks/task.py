@@ -81,7 +81,7 @@ class Task(ABC):
         """
         return {"": self.loss}
 
-    def prepare(self, data: Data) -> None:
+    def prepare(self, data: Data) -> None:  # noqa: B027  (most tasks have nothing to look at)
         """Look at the data before the first step of a training, on every rank alike; none speaks to another here.
 
         Raises UserError.

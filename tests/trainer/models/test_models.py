@@ -73,10 +73,18 @@ def test_options_are_the_builders_keyword_arguments():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("unet", {"widht": 4}, "unexpected keyword argument 'widht'): give keyword arguments of its builder (depth, wi"),
+        (
+            "unet",
+            {"widht": 4},
+            "unexpected keyword argument 'widht'): give keyword arguments of its builder (depth, wi",
+        ),
         ("unet", {"width": 0}, "(depth=3, width=0: give a depth of 0 or more and a width of 1 or more)"),
         ("unet", {"width": "wide"}, "model.options={'width': 'wide'} do not fit model.name=unet ("),
-        ("resnet8", {"depth": 9}, "got multiple values for argument 'depth'): give keyword arguments of its builder (w"),
+        (
+            "resnet8",
+            {"depth": 9},
+            "got multiple values for argument 'depth'): give keyword arguments of its builder (w",
+        ),
         ("resnet18", {"widht": 4}, "do not fit model.name=resnet18 (ResNet.__init__() got an unexpected keyword"),
         ("lraspp_mobilenet_v3_large", {"aux_loss": True}, "(This model does not use auxiliary loss)"),
         (f"{__name__}:mine", {"depth": 4}, "unexpected keyword argument 'depth'): give keyword arguments of its buil"),
@@ -115,7 +123,11 @@ def test_models_of_segmentation_models_pytorch_take_images_of_any_size():
         ("smp/unett/resnet18", {}, "no such architecture; near it: unet"),
         ("smp/unet/resnet19", {}, "no such encoder; near it: resnet18"),
         ("smp/dpt/resnet18", {}, "cannot be built (Only Timm encoders"),
-        ("smp/unet/resnet18", {"width": 3}, "do not fit model.name=smp/unet/resnet18 (unet takes no width, but encoder"),
+        (
+            "smp/unet/resnet18",
+            {"width": 3},
+            "do not fit model.name=smp/unet/resnet18 (unet takes no width, but encoder",
+        ),
     ],
 )
 def test_a_wrong_name_of_theirs_is_told_in_one_line(name, options, said):

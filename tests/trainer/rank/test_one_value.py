@@ -11,7 +11,6 @@ from syncbn.trainer.training.loop import fit
 from tests.ranks import run_ranks
 from tests.trainer.on_ranks import world_of
 
-
 SCENES = {
     "data": {"name": "digit_scenes", "scenes": 8, "size": 64, "mean": [0.5] * 3, "std": [0.3] * 3, "batch_per_rank": 1},
     "task": {"name": "segment"},

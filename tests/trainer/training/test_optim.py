@@ -119,7 +119,9 @@ def test_a_rate_that_no_parameter_has_is_refused(prefix, frozen):
     model = headed()
     model["head"].requires_grad_(not frozen)
     parts = "backbone, header" if frozen else "backbone, head, header"
-    said = rf"^optim.lr_factors.{prefix}=10: no parameter that trains has a name .*; the parts of the model are {parts}$"
+    said = (
+        rf"^optim.lr_factors.{prefix}=10: no parameter that trains has a name .*; the parts of the model are {parts}$"
+    )
     with pytest.raises(UserError, match=said):
         optim.build(OptimConfig(lr_factors={prefix: 10}), model, 8)
 
