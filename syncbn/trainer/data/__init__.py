@@ -221,7 +221,7 @@ def build(
         len(sampler.mine) * world.size == global_batch,
         config.skip_broken,
         fingerprint(train, test),
-        [*train.notes, *test.notes],
+        [*dict.fromkeys([*train.notes, *test.notes])],
         train,
     )
 

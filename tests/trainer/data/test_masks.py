@@ -27,7 +27,7 @@ CAMVID = Path(__file__).parents[4] / "shared" / "data" / "camvid-small.tar.xz"
 
 
 def write_mask(path: Path, numbers: numpy.ndarray, mode: str | None = None) -> None:
-    """A PNG of numbers, or a TIFF of those that PNG lacks, whatever the path's ending; mode: Pillow's, if not that of the numbers' type."""
+    """A PNG, or a TIFF of numbers that PNG lacks, whatever the path ends in. mode: Pillow's, if not as the numbers'."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(numbers)
     if mode == "P":
