@@ -45,7 +45,7 @@ def train(batch: int, seed: int) -> Iterator[Result]:
         for mine, before, now in zip(other, old, buffers, strict=True):
             mine.lerp_((now - (1 - OWN) * before) / OWN, auto)  # what this batch's statistics were
         if step % half == 0:
-            metrics = evaluate_all(net, parts.task, parts.data, config.train, world, recalibrate=64)
+            metrics = evaluate_all(net, parts.task, parts.data, config.train, world, recalibrate=64).figures
             kept = [b.clone() for b in buffers]
             copy_all(other, buffers)
             averaged = evaluate(net, parts.task, parts.data.eval, config.train, world)

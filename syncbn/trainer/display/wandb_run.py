@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,7 +21,7 @@ from typing import Any
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
-from syncbn.trainer.runs.pictures import Pictures
+from syncbn.trainer.runs.pictures import PNG, Pictures
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,12 @@ class Tracker:
         """Have W&B tell the user, as they have chosen there: by mail, say."""
         self._put(partial(_alert, title, text))
 
-    def show(self, pictures: Pictures) -> None:
-        """Log the pictures of an evaluation, beside its figures."""
-        self._put(partial(_show, pictures))
+    def show(self, pictures: Pictures, drawings: Mapping[str, Callable[[], Any]] | None = None) -> None:
+        """Log the pictures of an evaluation, beside its figures.
+
+        drawings: what else to log, by W&B's name for it; each is drawn by W&B's thread, and so costs the training none.
+        """
+        self._put(partial(_show, pictures, drawings or {}))
 
     def keep(self, pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any]) -> None:
         """Log what a run comes to: pictures, tables, and what is to stand in its summary."""
@@ -325,12 +328,27 @@ def _alert(title: str, text: str, run: Any) -> None:
     run.alert(title=title, text=text, wait_duration=0)
 
 
-def _show(pictures: Pictures, run: Any) -> None:
+def _show(pictures: Pictures, drawings: Mapping[str, Callable[[], Any]], run: Any) -> None:
     import wandb
+
+    logged: dict[str, Any] = {name: wandb.Image(draw()) for name, draw in drawings.items()}
+    if pictures.each:
+        captions = [": ".join(filter(None, [" · ".join(png.panels), png.caption])) for png in pictures.each]
+        images = zip(_of_one_size(pictures.each), captions, strict=True)
+        logged["eval/pictures"] = [wandb.Image(image, caption=caption) for image, caption in images]
+    run.log({"step": pictures.step, **logged}, step=pictures.step)
+
+
+def _of_one_size(pngs: Sequence[PNG]) -> list[Any]:
+    """The pictures on white as large as the largest: W&B wants all that stand together to be of one size."""
     from PIL import Image
 
-    images = [wandb.Image(Image.open(BytesIO(png.data)), caption=png.caption) for png in pictures.each]
-    run.log({"step": pictures.step, "eval/pictures": images}, step=pictures.step)
+    images = [Image.open(BytesIO(png.data)) for png in pngs]
+    size = max(image.width for image in images), max(image.height for image in images)
+    canvases = [Image.new("RGB", size, "white") for _ in images]
+    for canvas, image in zip(canvases, images, strict=True):
+        canvas.paste(image)
+    return canvases
 
 
 def _keep(pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any], run: Any) -> None:

@@ -62,7 +62,7 @@ def averaged(start: Start, config: Config) -> bool:
 def show(parts: Parts, start: Start, config: Config, ranks: World) -> None:
     """Evaluate, show the figures, and leave them where the launcher looks for them. Collective."""
     recalibrate = config.eval.recalibrate
-    figures = evaluate_all(parts.model, parts.task, parts.data, config.train, ranks, recalibrate=recalibrate)
+    figures = evaluate_all(parts.model, parts.task, parts.data, config.train, ranks, recalibrate=recalibrate).figures
     if ranks.rank > 0:
         return
     folder = RunFolder(config.run)

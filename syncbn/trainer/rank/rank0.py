@@ -15,7 +15,7 @@ from syncbn.trainer.report import for_wandb, page
 from syncbn.trainer.runs.checkpoint import Checkpoints, pointed
 from syncbn.trainer.runs.folder import RunFolder
 from syncbn.trainer.runs.metric import Metric, headline, in_words
-from syncbn.trainer.runs.pictures import Drawn, pictures_of, write_pictures
+from syncbn.trainer.runs.pictures import Shown, pictures_of, write_pictures
 from syncbn.trainer.training import drift
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,16 @@ class Watch:
         news = {name: figures[key] for name, key in news.items() if key in figures}
         self._now("training", step=step, epoch=figures["epoch"], **news)
 
-    def show(self, step: int, pictures: Sequence[Drawn]) -> None:
-        """Keep the pictures of an evaluation; where the disk has no room, the run goes on without them."""
-        if not pictures:
+    def show(self, step: int, shown: Shown) -> None:
+        """Keep the pictures and charts of an evaluation; where the disk has no room, the run goes on without them."""
+        if not (shown.pictures or shown.charts):
             return
-        pngs = pictures_of(step, pictures)
+        pictures = pictures_of(step, shown)
         try:
-            write_pictures(self.folder.pictures, pngs)
+            write_pictures(self.folder.pictures, pictures)
         except OSError as error:
             log.warning("the pictures of step %d are not written: %s", step, error)
-        self.tracker.show(pngs)
+        self.tracker.show(pictures, for_wandb.drawings_of(pictures))
 
     def _now(self, state: str, **figures: Any) -> None:
         self.pulse.tell(state, pointed(self.folder.checkpoints / "latest"), **figures)

@@ -17,17 +17,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.report import comparison, plots
+from syncbn.trainer.report import charts, comparison, plots
 from syncbn.trainer.report.sweep_plot import drawn_along
-from syncbn.trainer.report.tables import duration, facts, setting, worst_layers
+from syncbn.trainer.report.tables import by_part, duration, facts, setting, worst_layers
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES, LIKENESS, OFFSETS, HeatMap
+from syncbn.trainer.runs.pictures import Chart
 from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_runs
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
 
 
 SMALLEST_PX, LARGEST_PX = 120, 380  # widths that a picture has on the page, at least
+LARGEST_PANEL_PX = 190  # where it is one of several in a picture
+MOST_OPEN = 60  # rows of a table of parts; one of more is to be opened
 
 
 def runs_page(runs: Sequence[Run]) -> str:
@@ -41,7 +44,9 @@ def runs_page(runs: Sequence[Run]) -> str:
         facts=facts(runs),
         differences={key: [setting(v) for v in values] for key, values in differing(runs).items()},
         curves=list(_curves(runs, ids)),
-        pictures=list(_pictures(runs)),
+        parts=by_part(runs),
+        most_open=MOST_OPEN,
+        pictures=list(_pictures(runs, ids)),
         maps=list(_maps(runs, ids)),
         worst=worst_layers(runs[0]) if len(runs) == 1 else None,
     )
@@ -206,22 +211,36 @@ def _curves(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[Markup]:
         yield _drawn(plots.curves(lines, title="images/s", from_zero=True, legend=False), ids)
 
 
-def _pictures(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Of each run that has some, its pictures, as wide as they are to be shown."""
+def _pictures(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Of each run that has some, its pictures, as wide as they are to be shown, and its charts."""
     for i, run in enumerate(runs):
-        if run.pictures.each:
-            width = max(picture.width for picture in run.pictures.each)
-            images = [
-                {"source": f"data:image/png;base64,{b64encode(picture.data).decode()}", "caption": picture.caption}
-                for picture in run.pictures.each
-            ]
-            yield {
-                "run": _shown(run, i),
-                "step": f"step {run.pictures.step:,}",
-                "images": images,
-                "width": min(max(width, SMALLEST_PX), LARGEST_PX),
-                "small": width < SMALLEST_PX,
-            }
+        shown = run.pictures
+        if not (shown.each or shown.charts):
+            continue
+        width = max((picture.width // max(1, len(picture.panels)) for picture in shown.each), default=0)  # of a panel
+        panels = max((len(picture.panels) for picture in shown.each), default=0)
+        largest = LARGEST_PANEL_PX if panels > 1 else LARGEST_PX
+        yield {
+            "run": _shown(run, i),
+            "step": f"step {shown.step:,}",
+            "images": [
+                {
+                    "source": f"data:image/png;base64,{b64encode(p.data).decode()}",
+                    "caption": p.caption,
+                    "panels": p.panels,
+                }
+                for p in shown.each
+            ],
+            "width": min(max(width, SMALLEST_PX), largest) * max(1, panels),
+            "small": width < SMALLEST_PX,
+            "legend": shown.legend,
+            "charts": [_chart(chart, ids) for chart in shown.charts],
+        }
+
+
+def _chart(chart: Chart, ids: Iterator[str]) -> dict[str, Any]:
+    figure = charts.drawn(chart)
+    return {"svg": _drawn(figure, ids), "width": round(96 * figure.get_figwidth()), "caption": chart.caption}
 
 
 def _maps(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any]]:

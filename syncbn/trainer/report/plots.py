@@ -4,6 +4,7 @@ import functools
 import io
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second: it is imported where the fi
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+ONE_AT_A_TIME = threading.RLock()  # matplotlib's style is one for all threads, and W&B's thread draws too
 
 COLOURS = ("#1f6f9f", "#d1693c", "#3a8f5c", "#8a5fa8", "#b8902a", "#c2557f", "#4f6d7a", "#7a4b2e")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # once the colours are used up
@@ -54,7 +57,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         import matplotlib
 
-        with matplotlib.rc_context(STYLE):
+        with ONE_AT_A_TIME, matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return drawn

@@ -40,6 +40,8 @@ def facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
         "ranks × images": [_cell(_batch(run)) for run in runs],
     }
     for name, metric in _evaluated(runs):
+        if metric and metric.detail:
+            continue
         rows[f"eval {_words(name)}"] = _compared([_last(run, name) for run in runs], metric)
         if metric and metric.headline and not name.startswith("recalibrated"):
             rows[f"best {_words(name)}"] = [_cell(_best(run.points.get(f"eval/{name}", {}), metric)) for run in runs]
@@ -50,6 +52,21 @@ def facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
         "time": [_cell(_time(run)) for run in runs],
     }
     return {name: cells for name, cells in rows.items() if any(cell.text != "–" for cell in cells)}
+
+
+def by_part(runs: Sequence[Run]) -> dict[str, Table]:
+    """Figures of parts, such as classes, by what they measure: a row for each part, with a cell for each run."""
+    metrics = {metric.name: metric for run in reversed(runs) for metric in run.metrics if metric.detail}
+    tables: dict[str, Table] = {}
+    for prefix in "", "recalibrated_":
+        for metric in metrics.values():
+            of = f"eval {_words(prefix + metric.of)}"
+            table = tables.setdefault(of, Table([run.label for run in runs], {}, ""))
+            table.rows[metric.detail] = _compared([_last(run, prefix + metric.name) for run in runs], metric)
+    for table in tables.values():
+        if any(cell.text == "–" for cells in table.rows.values() for cell in cells):
+            table.caption = "–: absent from the eval data."
+    return {of: t for of, t in tables.items() if any(c.text != "–" for cells in t.rows.values() for c in cells)}
 
 
 def worst_layers(run: Run) -> Table | None:

@@ -8,13 +8,14 @@ from syncbn.trainer.data import TARGETS
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.tasks.segment import Objective, Segment
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
 
-__all__ = ["TASKS", "Loss", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Loss", "Matrix", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Semantic segmentation: a class for each pixel, judged by the mean intersection over union."""
 
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -12,15 +12,20 @@ from torch.nn import functional as F
 from syncbn.trainer.data import IGNORED, Batch, Data, class_pixels
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
-# A colour for each class, of which neighbours differ in hue and in brightness; after the last they begin anew
+# Colours of the first classes, of which neighbours differ in hue and in brightness
 PALETTE = (
     (38, 38, 46), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (60, 84, 136), (145, 209, 194),
-    (220, 0, 0), (126, 97, 72), (176, 156, 133), (250, 200, 40), (132, 80, 180), (90, 200, 80),
+    (231, 41, 138), (126, 97, 72), (200, 170, 220), (250, 200, 40), (132, 80, 180), (90, 200, 80),
 )  # fmt: skip
+SHADES = ((0.6, 0.5), (0.5, 0.95), (0.9, 0.75))  # saturation and brightness of the classes after these, in turn
+GOLDEN = (5**0.5 - 1) / 2  # of a circle: the step in hue that comes near no earlier one
+FIRST_HUE = 0.225  # with which the first 21 are farthest apart, in CIELAB
 GREY = (128, 128, 128)  # what is ignored
+PANELS = ("image", "truth", "prediction")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Segment(Task):
             Metric("miou", "%", headline=True),
             Metric("pixel_accuracy", "%"),
             Metric("loss", better="less"),
-            *(Metric(f"iou_{name}", "%", detail=True) for name in self.classes),
+            *(Metric(f"iou_{name}", "%", detail=name) for name in self.classes),
         )
         self.shapes = {"loss": (), "weight": (), "matrix": (len(self.classes),) * 2}
         self.class_weights: Tensor | None = None  # [K]; None: 1 of each
@@ -109,15 +114,28 @@ class Segment(Task):
         return AtImageSize(model)
 
     def pictures(self, model: nn.Module, batch: Batch, pixels: Any) -> list[Picture]:
-        pictures = [Picture(self._legend(), ", ".join(f"{i} {name}" for i, name in enumerate(self.classes)))]
+        pictures = []
         for image, mask, shown in zip(batch.images, batch.labels, pixels, strict=True):
             guess = self._scores(model(image[None]), image[None])[0].argmax(0)
             counts = mask != IGNORED
             right = float((guess == mask)[counts].double().mean()) if counts.any() else 0.0
             panels = [shown, self._coloured(mask), self._coloured(guess)]
-            caption = f"image, truth, prediction: {right:.0%} of the pixels"
-            pictures.append(Picture(beside(panels), caption))
+            pictures.append(Picture(beside(panels), f"{right:.0%} of the pixels right", PANELS))
         return pictures
+
+    @property
+    def legend(self) -> dict[str, str]:
+        colours = [*map(colour_of, range(len(self.classes))), GREY]
+        return dict(
+            zip([*self.classes, "ignored"], ("#{:02x}{:02x}{:02x}".format(*each) for each in colours), strict=True)
+        )
+
+    def charts(self, sums: Mapping[str, Tensor]) -> list[Matrix]:
+        shares = [
+            [round(pixels / sum(row), 6) if sum(row) else None for pixels in row] for row in sums["matrix"].tolist()
+        ]
+        caption = "Of each class's pixels (a row), the share that was taken for each class; grey: it has none."
+        return [Matrix("confusion", self.classes, self.classes, shares, "%", "truth", "prediction", caption)]
 
     def _scores(self, output: Any, images: Tensor) -> Tensor:
         """Scores [B, K, H, W] at the size of the images, in float32 at least."""
@@ -173,13 +191,9 @@ class Segment(Task):
 
     def _coloured(self, mask: Tensor) -> Tensor:
         """uint8 [3, H, W] of classes [H, W]."""
-        colours = torch.tensor([*islice(cycle(PALETTE), len(self.classes))], dtype=torch.uint8)
+        colours = torch.tensor([*map(colour_of, range(len(self.classes)))], dtype=torch.uint8).view(-1, 3)
         colours = torch.cat([colours, colours.new_tensor(GREY).expand(256 - len(colours), 3)])
         return colours[mask.long().cpu()].permute(2, 0, 1)
-
-    def _legend(self, side: int = 16) -> Tensor:
-        """A square of each class's colour, in their order."""
-        return self._coloured(torch.arange(len(self.classes)).repeat_interleave(side).expand(side, -1))
 
 
 def rarity(pixels: Tensor) -> Tensor:
@@ -227,6 +241,15 @@ def alike(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     if isinstance(batch.images, Tensor):
         return [(batch.images, batch.labels)]
     return [(image[None], mask[None]) for image, mask in zip(batch.images, batch.labels, strict=True)]
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A colour for each class, none twice: those of PALETTE, then others all around the circle of hues."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    strength, brightness = SHADES[index % len(SHADES)]
+    red, green, blue = hsv_to_rgb((index * GOLDEN + FIRST_HUE) % 1, strength, brightness)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def beside(panels: Sequence[Tensor], gap: int = 2) -> Tensor:

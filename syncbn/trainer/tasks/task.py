@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from syncbn.trainer.data import Batch, Data
 from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import Chart
 
 Sums = dict[str, Tensor]
 """Totals over samples, of any shape: they add up over batches and ranks, in float64."""
@@ -30,10 +31,16 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What a model makes of a sample, to be looked at. image: uint8 [3, H, W], RGB."""
+    """What a model makes of a sample, to be looked at.
+
+    Args:
+        image: uint8 [3, H, W], RGB.
+        panels: names of its parts, if it has some side by side, equally wide.
+    """
 
     image: Tensor
     caption: str = ""
+    panels: Sequence[str] = ()
 
     def png(self) -> bytes:
         from PIL import Image  # only on rank 0
@@ -113,6 +120,18 @@ class Task(ABC):
     def exported(self, model: nn.Module) -> nn.Module:
         """What an exported program computes of images [N, 3, H, W]: one tensor; the model unless overridden."""
         return model
+
+    @property
+    def legend(self) -> Mapping[str, str]:
+        """What the colours in its pictures mean: {"sky": "#4dbbd5"}."""
+        return {}
+
+    def charts(self, sums: Mapping[str, Any]) -> Sequence[Chart]:
+        """What there is to draw of an evaluation, of the same sums and rows as the figures; nothing unless overridden.
+
+        Drawn in the report and in W&B, as the pictures are.
+        """
+        return ()
 
     def example(self, batch: Batch, samples: int) -> Any:
         """A batch of so many samples that is as dear as any, made of one of the data's: what probes of memory take."""

@@ -1,20 +1,28 @@
-"""The figures of a model on the eval data, with running statistics and with recalibrated ones, and its pictures."""
+"""The figures of a model on the eval data, with running statistics and with recalibrated ones, and what it shows."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from syncbn.trainer.data import Batches, Data
-from syncbn.trainer.tasks import Picture, Task
+from syncbn.trainer.runs.pictures import Chart, Shown
+from syncbn.trainer.tasks import Task
 from syncbn.trainer.training import drift
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.preemption import Preempted, Stop
 from syncbn.trainer.training.totals import Gathered, Totals
 from syncbn.trainer.world import World
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation comes to: figures by name, and charts."""
+
+    figures: dict[str, float]
+    charts: Sequence[Chart]
 
 
 def evaluate_all(
@@ -26,19 +34,26 @@ def evaluate_all(
     stop: Stop | None = None,
     *,
     recalibrate: int = 0,
-) -> dict[str, float]:
-    """All figures of an evaluation, with those after recalibrating from so many training batches. Collective."""
-    figures = evaluate(model, task, data.eval, config, world, stop)
+) -> Evaluation:
+    """All that an evaluation comes to, with figures after recalibrating from so many training batches. Collective."""
+    figures, charts = measure(model, task, data.eval, config, world, stop)
     if recalibrate:
         figures |= evaluate_recalibrated(model, task, data, config, world, stop, recalibrate=recalibrate)
-    return figures
+    return Evaluation(figures, charts)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, task: Task, batches: Batches, config: TrainConfig, world: World, stop: Stop | None = None
 ) -> dict[str, float]:
-    """The metrics over every eval image exactly once, with rank 0's buffers on every rank. Collective.
+    """The figures of `measure`. Collective."""
+    return measure(model, task, batches, config, world, stop).figures
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, task: Task, batches: Batches, config: TrainConfig, world: World, stop: Stop | None = None
+) -> Evaluation:
+    """The metrics and charts over every eval image exactly once, with rank 0's buffers on every rank. Collective.
 
     No batch is exchanged, only what a task has in rows: ranks may have different numbers of batches, or none. Raises
     Preempted once stop was asked.
@@ -56,9 +71,10 @@ def evaluate(
         if stop and stop.asked():
             raise Preempted
     reduced = totals.reduce()
-    learnt = task.figures({**reduced.sums, **rows.gather()})
-    figures = {f"eval/{name}": value for name, value in learnt.items()}
-    return {**figures, "eval/images": reduced.images, "eval/skipped_images": reduced.skipped}
+    sums = {**reduced.sums, **rows.gather()}
+    figures = {f"eval/{name}": value for name, value in task.figures(sums).items()}
+    figures |= {"eval/images": reduced.images, "eval/skipped_images": reduced.skipped}
+    return Evaluation(figures, task.charts(sums))
 
 
 def evaluate_recalibrated(
@@ -86,14 +102,17 @@ def evaluate_recalibrated(
 
 
 @torch.no_grad()
-def pictures(model: nn.Module, task: Task, data: Data, config: TrainConfig, world: World) -> Sequence[Picture]:
-    """The task's pictures of a few eval samples, the same each time. Every rank makes them; none sends anything."""
+def show(model: nn.Module, task: Task, data: Data, config: TrainConfig, world: World, charts: Sequence[Chart]) -> Shown:
+    """Charts, and the task's pictures of a few eval samples, the same each time.
+
+    Every rank makes the pictures; none sends anything.
+    """
     model.eval()
     for batch in data.shown:
         if batch.samples:
             with autocast(config, world):
-                return task.pictures(model, batch, data.shown.pixels(batch.images))
-    return ()
+                return Shown(task.pictures(model, batch, data.shown.pixels(batch.images)), charts, task.legend)
+    return Shown(charts=charts)
 
 
 def autocast(config: TrainConfig, world: World) -> AbstractContextManager:

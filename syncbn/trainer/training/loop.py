@@ -1,7 +1,7 @@
 """The training loop. It takes built objects and knows neither files nor configs of others."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from itertools import islice
@@ -14,10 +14,10 @@ from syncbn import Reading
 from syncbn.trainer.data import Batch, Batches
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import headline
-from syncbn.trainer.tasks import Picture
+from syncbn.trainer.runs.pictures import Shown
 from syncbn.trainer.tasks.task import LossOf
 from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
-from syncbn.trainer.training.evaluation import autocast, evaluate_all, pictures
+from syncbn.trainer.training.evaluation import autocast, evaluate_all, show
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.preemption import Preempted, Stop
 from syncbn.trainer.training.state import Training
@@ -30,7 +30,7 @@ class Observer(Protocol):
     def stepped(self, step: int) -> None: ...
     def evaluating(self, step: int) -> None: ...
     def log(self, step: int, figures: dict[str, float], reading: Reading | None = None) -> None: ...
-    def show(self, step: int, pictures: Sequence[Picture]) -> None: ...
+    def show(self, step: int, shown: Shown) -> None: ...
 
 
 class Keeper(Protocol):
@@ -228,10 +228,10 @@ def finish_evaluation(
     if observer:
         observer.evaluating(training.step)
     try:
-        figures = evaluate_all(
+        figures, charts = evaluate_all(
             training.best_model, task, training.data, config, world, stop, recalibrate=training.recalibrate
         )
-        shown = pictures(training.best_model, task, training.data, config, world)
+        shown = show(training.best_model, task, training.data, config, world, charts)
     finally:
         training.model.train()
     training.figures, training.evaluated = figures, training.step

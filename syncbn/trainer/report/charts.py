@@ -1,0 +1,108 @@
+"""What a task gives to look at, drawn in the house look: the same figures in the report and in W&B."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from syncbn.trainer.report.plots import FAINT, INK, MISSING, short_name, span, styled
+from syncbn.trainer.runs.metric import in_digits
+from syncbn.trainer.runs.pictures import Chart, Matrix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_NUMBERED = 20  # rows or columns whose cells have their numbers in them
+LETTER = 0.075  # inches wide, on average
+LABEL = 0.14  # inches that a row's name is high
+IN_A_COLUMN = 25  # names of a legend
+
+
+def drawn(chart: Chart) -> "Figure":
+    """The figure of a chart of any kind."""
+    return DRAW[type(chart)](chart)
+
+
+@styled
+def matrix(chart: Matrix) -> "Figure":
+    """A cell for each row and column, the darker the more, with its number in it where there is room.
+
+    Where rows or columns are too many for a name each, every second, third, ... is named.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    percent = chart.unit == "%"
+    values = [[math.nan if value is None else value for value in row] for row in chart.values]
+    low, high = (0.0, 1.0) if percent else span(values)
+    rows, columns = [*map(short_name, chart.rows)], [*map(short_name, chart.columns)]
+    most, longest = max(len(rows), len(columns)), max(map(len, columns))
+    numbers = [[_number(value, percent) for value in row] for row in values]
+    numbered = most <= MOST_NUMBERED and max(len(number) for row in numbers for number in row) <= 4
+    pitch = max(0.26, min(0.6, 3.0 / most)) if numbered else max(0.045, min(0.3, 6.5 / most))  # inches a cell
+    upright = longest * LETTER + 0.1 > pitch
+    beside, below = LETTER * max(map(len, rows)) + 0.45, (LETTER * longest if upright else LABEL) + 0.35
+    wide = max(beside + pitch * len(columns) + (0 if numbered else 0.8), 0.11 * len(chart.title) + 0.3)
+    figure = Figure(figsize=(wide, 0.4 + pitch * len(rows) + below), layout="constrained")
+    figure.suptitle(
+        f"{chart.title}, {chart.unit}".removesuffix(", "),
+        x=0.01,
+        ha="left",
+        fontsize=9.5,
+        fontweight="bold",
+    )
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        values,
+        interpolation="none",
+        cmap=colormaps["YlGnBu"].with_extremes(bad=MISSING),
+        norm=Normalize(low, high),
+    )
+    every = math.ceil(LABEL / pitch)
+    axes.set_yticks(range(0, len(rows), every), rows[::every])
+    axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if upright else 0)
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_ylabel(chart.down)
+    axes.set_xlabel(chart.along)
+    if not numbered:
+        bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.02, format=PercentFormatter(1) if percent else None)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        return figure
+    for i, row in enumerate(numbers):
+        for j, number in enumerate(row):
+            dark = values[i][j] > low + 0.55 * (high - low)
+            axes.text(j, i, number, ha="center", va="center", fontsize=8, color="white" if dark else INK)
+    return figure
+
+
+@styled
+def legend(colours: Mapping[str, str]) -> "Figure":
+    """A square of each colour beside what it means."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = [*map(short_name, colours)]
+    columns = math.ceil(len(names) / IN_A_COLUMN)
+    rows = math.ceil(len(names) / columns)
+    width = LETTER * max(map(len, names)) + 0.45
+    figure = Figure(figsize=(width * columns + 0.1, 0.2 * rows + 0.1))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, width * columns + 0.1), ylim=(0.2 * rows + 0.05, -0.05))
+    for i, (name, colour) in enumerate(zip(names, colours.values(), strict=True)):
+        x, y = 0.05 + width * (i // rows), 0.2 * (i % rows)
+        axes.add_patch(Rectangle((x, y + 0.02), 0.24, 0.16, facecolor=colour, edgecolor=FAINT))
+        axes.text(x + 0.32, y + 0.1, name, va="center", fontsize=8.5)
+    return figure
+
+
+def _number(value: float, percent: bool) -> str:
+    if math.isnan(value):
+        return ""
+    if percent:
+        return f"{100 * value:.0f}" if value >= 0.005 else ""
+    return in_digits(value, 2)
+
+
+DRAW: Mapping[type[Chart], Callable[[Any], "Figure"]] = {Matrix: matrix}
