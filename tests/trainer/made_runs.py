@@ -3,10 +3,15 @@
 import json
 import math
 import random
+from dataclasses import asdict
 
+import torch
 import yaml
 
 from syncbn.trainer.config import Config, as_dict
+from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import PNG, Matrix, Pictures, write_pictures
+from syncbn.trainer.tasks import Picture
 
 SHARDS = {
     "text": "shards differ (ICC 0.21 at layer2.0.bn1, rank 3)",
@@ -128,3 +133,30 @@ def eval_line(step, done, draw, names, ranks):
 def rewrite(file, change):
     """Put what change makes of a file's text in its place."""
     file.write_text(change(file.read_text()))
+
+
+def make_segmentation(path, classes, absent=(), size=(64, 64)):
+    """A run's folder that has an IoU for each class but the absent ones, a picture of three panels, and a chart."""
+    make_run(path)
+    ious = {name: i / len(classes) for i, name in enumerate(classes) if name not in absent}
+
+    def by_class(line):
+        figures = json.loads(line)
+        kept = {key: value for key, value in figures.items() if "accuracy" not in key}
+        if "eval/loss" in figures:
+            kept |= {"eval/miou": 0.5} | {f"eval/iou_{name}": iou for name, iou in ious.items()}
+        return json.dumps(kept)
+
+    rewrite(path / "metrics.jsonl", lambda text: "\n".join(map(by_class, text.splitlines())))
+    rewrite(path / "result.json", lambda text: text.replace("eval/accuracy", "eval/miou"))
+    metrics = [Metric("miou", "%", headline=True), Metric("loss", better="less")]
+    metrics += [Metric(f"iou_{name}", "%", detail=name) for name in classes]
+    (path / "metric_names.json").write_text(json.dumps([asdict(metric) for metric in metrics]))
+    draw = random.Random(0)
+    shares = [[None if row in absent else draw.random() ** (1 if row == x else 9) for x in classes] for row in classes]
+    confusion = Matrix("confusion", classes, classes, shares, "%", "truth", "prediction", "Of each class's pixels.")
+    image = torch.full((3, size[0], 3 * size[1] + 4), 120, dtype=torch.uint8)
+    picture = PNG(Picture(image).png(), "90% of the pixels right", ("image", "truth", "prediction"))
+    legend = {name: f"#{0x10101 * (i % 256):06x}" for i, name in enumerate(classes)}
+    write_pictures(path / "pictures", Pictures(600, 8 * [picture], [confusion], legend))
+    return path

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
 from syncbn.trainer.runs.pictures import PNG, Pictures
@@ -66,7 +68,8 @@ def main(folder, config, what, run_id, *_):
         if step == 2:
             timed(tracker.alert, "title", "told")
         if step in PICTURED:
-            timed(tracker.show, Pictures(step, [PNG(png(step), f"after {step}")]))
+            pictures = Pictures(step, [PNG(png(step), f"after {step}", ("a", "b")), PNG(png(step, side=2), "")])
+            timed(tracker.show, pictures, {"eval/chart": partial(Image.new, "RGB", (2, 2), (step,) * 3)})
         time.sleep(0.02)
     if what == "SIGSTOP":  # noticed in mid-run, before it is finished
         wait_for(lambda: not stopped())
@@ -86,9 +89,9 @@ def main(folder, config, what, run_id, *_):
     print(json.dumps(seen))
 
 
-def png(step):
+def png(step, side=4):
     """A picture whose grey is the step."""
-    return Picture(torch.full((3, 4, 4), step, dtype=torch.uint8)).png()
+    return Picture(torch.full((3, side, side), step, dtype=torch.uint8)).png()
 
 
 def figures(step):

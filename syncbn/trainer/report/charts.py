@@ -1,5 +1,6 @@
 """What a task gives to look at, drawn in the house look: the same figures in the report and in W&B."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,12 +38,11 @@ def matrix(chart: Matrix) -> "Figure":
     values = [[math.nan if value is None else value for value in row] for row in chart.values]
     low, high = (0.0, 1.0) if percent else span(values)
     rows, columns = [*map(short_name, chart.rows)], [*map(short_name, chart.columns)]
-    most, longest = max(len(rows), len(columns)), max(map(len, columns))
+    most = max(len(rows), len(columns))
     numbers = [[_number(value, percent) for value in row] for row in values]
     numbered = most <= MOST_NUMBERED and max(len(number) for row in numbers for number in row) <= 4
     pitch = max(0.26, min(0.6, 3.0 / most)) if numbered else max(0.045, min(0.3, 6.5 / most))  # inches a cell
-    upright = longest * LETTER + 0.1 > pitch
-    beside, below = LETTER * max(map(len, rows)) + 0.45, (LETTER * longest if upright else LABEL) + 0.35
+    beside, below = (LETTER * max(map(len, names)) + 0.45 for names in (rows, columns))
     wide = max(beside + pitch * len(columns) + (0 if numbered else 0.8), 0.11 * len(chart.title) + 0.3)
     figure = Figure(figsize=(wide, 0.4 + pitch * len(rows) + below), layout="constrained")
     figure.suptitle(
@@ -61,18 +61,20 @@ def matrix(chart: Matrix) -> "Figure":
     )
     every = math.ceil(LABEL / pitch)
     axes.set_yticks(range(0, len(rows), every), rows[::every])
-    axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if upright else 0)
+    axes.set_xticks(range(0, len(columns), every), columns[::every])
+    for label in axes.get_xticklabels():
+        label.set_rotation(90 if LETTER * len(label.get_text()) + 0.05 > pitch else 0)
     axes.tick_params(length=0, labelsize=8)
     axes.set_ylabel(chart.down)
     axes.set_xlabel(chart.along)
     if not numbered:
-        bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.02, format=PercentFormatter(1) if percent else None)
+        ticks = PercentFormatter(1, symbol="") if percent else None
+        bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.02, format=ticks)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         return figure
-    for i, row in enumerate(numbers):
-        for j, number in enumerate(row):
-            dark = values[i][j] > low + 0.55 * (high - low)
-            axes.text(j, i, number, ha="center", va="center", fontsize=8, color="white" if dark else INK)
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        dark = values[i][j] > low + 0.55 * (high - low)
+        axes.text(j, i, numbers[i][j], ha="center", va="center", fontsize=8, color="white" if dark else INK)
     return figure
 
 

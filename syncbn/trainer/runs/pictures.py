@@ -46,7 +46,7 @@ class Matrix:
 
 
 Chart = Matrix
-"""Plain data that a chart is drawn of; report/charts.py draws each kind."""
+"""Plain data that a chart is drawn of: a dataclass of each kind, which report/charts.py draws."""
 
 KINDS: Mapping[str, type[Chart]] = {"matrix": Matrix}
 

@@ -1,7 +1,7 @@
 """Semantic segmentation: a class for each pixel, judged by the mean intersection over union."""
 
+import math
 from collections.abc import Mapping, Sequence
-from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,9 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import find_scores
+from syncbn.trainer.tasks.colours import GREY, colour_of, in_hex
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
-# Colours of the first classes, of which neighbours differ in hue and in brightness
-PALETTE = (
-    (38, 38, 46), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (60, 84, 136), (145, 209, 194),
-    (231, 41, 138), (126, 97, 72), (200, 170, 220), (250, 200, 40), (132, 80, 180), (90, 200, 80),
-)  # fmt: skip
-SHADES = ((0.6, 0.5), (0.5, 0.95), (0.9, 0.75))  # saturation and brightness of the classes after these, in turn
-GOLDEN = (5**0.5 - 1) / 2  # of a circle: the step in hue that comes near no earlier one
-FIRST_HUE = 0.225  # with which the first 21 are farthest apart, in CIELAB
-GREY = (128, 128, 128)  # what is ignored
 PANELS = ("image", "truth", "prediction")
 
 
@@ -125,17 +117,14 @@ class Segment(Task):
 
     @property
     def legend(self) -> dict[str, str]:
-        colours = [*map(colour_of, range(len(self.classes))), GREY]
-        return dict(
-            zip([*self.classes, "ignored"], ("#{:02x}{:02x}{:02x}".format(*each) for each in colours), strict=True)
-        )
+        colours = {name: in_hex(colour_of(i)) for i, name in enumerate(self.classes)}
+        return {**colours, "ignored": in_hex(GREY)}
 
     def charts(self, sums: Mapping[str, Tensor]) -> list[Matrix]:
-        shares = [
-            [round(pixels / sum(row), 6) if sum(row) else None for pixels in row] for row in sums["matrix"].tolist()
-        ]
+        shares = sums["matrix"] / sums["matrix"].sum(1, keepdim=True)
+        values = [[None if math.isnan(share) else round(share, 6) for share in row] for row in shares.tolist()]
         caption = "Of each class's pixels (a row), the share that was taken for each class; grey: it has none."
-        return [Matrix("confusion", self.classes, self.classes, shares, "%", "truth", "prediction", caption)]
+        return [Matrix("confusion", self.classes, self.classes, values, "%", "truth", "prediction", caption)]
 
     def _scores(self, output: Any, images: Tensor) -> Tensor:
         """Scores [B, K, H, W] at the size of the images, in float32 at least."""
@@ -241,15 +230,6 @@ def alike(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     if isinstance(batch.images, Tensor):
         return [(batch.images, batch.labels)]
     return [(image[None], mask[None]) for image, mask in zip(batch.images, batch.labels, strict=True)]
-
-
-def colour_of(index: int) -> tuple[int, int, int]:
-    """A colour for each class, none twice: those of PALETTE, then others all around the circle of hues."""
-    if index < len(PALETTE):
-        return PALETTE[index]
-    strength, brightness = SHADES[index % len(SHADES)]
-    red, green, blue = hsv_to_rgb((index * GOLDEN + FIRST_HUE) % 1, strength, brightness)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def beside(panels: Sequence[Tensor], gap: int = 2) -> Tensor:

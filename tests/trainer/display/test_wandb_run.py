@@ -81,8 +81,11 @@ def is_whole(files):
     assert all(line[f"train/{i}"] == line["step"] for line in lines for i in range(FIGURES))
     text = json.dumps(records)
     last = [line for line in lines if "eval/pictures.captions" in line][-1]
-    assert (last["step"], last["eval/pictures.captions"]) == (PICTURED[-1], [f"after {PICTURED[-1]}"])
-    assert Image.open(files / "files" / last["eval/pictures.filenames"][0]).getpixel((0, 0)) == (PICTURED[-1],) * 3
+    assert (last["step"], last["eval/pictures.captions"]) == (PICTURED[-1], [f"a · b: after {PICTURED[-1]}", ""])
+    pictures = [Image.open(files / "files" / name) for name in last["eval/pictures.filenames"]]
+    assert [picture.size for picture in pictures] == [(4, 4), (4, 4)]
+    chart = Image.open(files / "files" / last["eval/chart.path"])
+    assert {picture.getpixel((0, 0)) for picture in [*pictures, chart]} == {(PICTURED[-1],) * 3}
     return '"table"' in text and "verdict" in text and any(r["type"] == "exit" for r in records)
 
 

@@ -12,7 +12,7 @@ import pytest
 from syncbn.trainer.report.page import runs_page, sweep_page
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.reader import read_runs
-from tests.trainer.made_runs import DEAD, SHARDS, make_run
+from tests.trainer.made_runs import DEAD, SHARDS, make_run, make_segmentation
 
 PROBE = """
 <iframe id="page" src="{page}" style="width: {width}px; height: 800px; border: 0"></iframe><pre id="told"></pre>
@@ -21,6 +21,10 @@ onload = () => {{
   const inner = document.getElementById("page").contentDocument
   const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 2
   const problems = []
+  for (const image of inner.images) {{
+    const {{left, right}} = image.getBoundingClientRect()
+    if (left < 0 || right > {width} || right - left < 100) problems.push(`picture: ${{left}} to ${{right}}`)
+  }}
   if (inner.documentElement.scrollWidth > {width}) problems.push("wide: " + inner.documentElement.scrollWidth)
   for (const svg of inner.querySelectorAll("svg")) {{
     const frame = svg.getBoundingClientRect()
@@ -41,17 +45,23 @@ onload = () => {{
 """
 
 
+CLASSES = {"2 classes": 2, "11 classes": 11, "19 classes": 19, "150 classes": 150}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on the PATH")
 @pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("kind", ["one", "many layers", "three", "sweep"])
+@pytest.mark.parametrize("kind", ["one", "many layers", "three", "sweep", *CLASSES])
 def test_a_browser_shows_it_legibly(tmp_path, width, kind):
     long = "digits-resnet8-local-b2-optim.lr_0.4-train.ema_0.999-data.workers_4-" + 60 * "x"
     if kind == "sweep":
         (tmp_path / "page.html").write_text(sweep_page(long, wide_sweep()))
         look_at(tmp_path, width)
         return
-    if kind == "three":
+    if kind in CLASSES:
+        names = [f"{'a long name of a class ' if i % 7 == 0 else 'class_'}{i}" for i in range(CLASSES[kind])]
+        folders = [make_segmentation(tmp_path / "a", names, absent=names[1:2], size=(360, 480))]
+    elif kind == "three":
         folders = [make_run(tmp_path / name, verdicts=[SHARDS, DEAD], logs=300) for name in ("a", "b", long)]
     else:
         size = {"layers": 160, "logs": 1000, "ranks": 128} if kind == "many layers" else {"verdicts": [SHARDS, DEAD]}

@@ -15,7 +15,7 @@ from syncbn.trainer.report.page import main, runs_page
 from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
 from syncbn.trainer.runs.reader import read_runs
 from syncbn.trainer.tasks import Picture
-from tests.trainer.made_runs import DEAD, SHARDS, make_run, rewrite
+from tests.trainer.made_runs import DEAD, SHARDS, make_run, make_segmentation, rewrite
 
 
 def page(*folders):
@@ -67,7 +67,7 @@ def awkward(request, tmp_path):
 class Balanced(HTMLParser):
     """Fails for a tag that is closed twice, too early or never, and keeps ids and references."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "img")
 
     def __init__(self, html):
         super().__init__()
@@ -272,3 +272,45 @@ def test_the_pictures_of_a_run_are_on_its_page(tmp_path):
     assert "step 1,200 <cat> dog, taken for cow (93%)" in text_of(html)
     assert "a, step 1,200" in text_of(page(a, b))
     assert "<img" not in page(b)
+
+
+def test_pictures_have_their_panels_named_a_legend_and_charts(tmp_path):
+    html = page(make_segmentation(tmp_path / "a", ["sky", "<road>"]))
+    assert Balanced(html).open == []
+    text = text_of(html)
+    assert "step 600 sky <road> image truth prediction 90% of the pixels right image" in text
+    assert re.findall(r'<i style="background: (#\w+)"></i>(.*?)</li>', html) == [
+        ("#000000", "sky"),
+        ("#010101", "&lt;road&gt;"),
+    ]
+    assert "Of each class&#39;s pixels." in html
+    assert {*re.findall(r">([^<>]*)</text>", html)} >= {"confusion, %", "prediction", "truth", "&lt;road&gt;"}
+
+
+def test_figures_of_classes_are_a_table_of_their_own(tmp_path):
+    a, b = (make_segmentation(tmp_path / name, ["sky", "road", "car"], absent=["sky"]) for name in "ab")
+    one = text_of(page(a)).partition("Verdicts")[0]
+    assert "eval miou 50.00%" in one
+    assert one.endswith("eval iou sky – road 33.33% car 66.67% –: absent from the eval data. ")
+    rewrite(
+        b / "metrics.jsonl", lambda text: text.replace('"eval/iou_road": 0.3333333333333333', '"eval/iou_road": 0.25')
+    )
+    both = page(a, b)
+    assert "eval iou a b sky – – road 33.33% 25.00% car 66.67% 66.67%" in text_of(both)
+    assert '<td class="best">33.33%</td>' in both
+    assert "eval iou road" not in text_of(both)
+
+
+@pytest.mark.parametrize(("classes", "is_open"), [(60, True), (61, False)])
+def test_a_table_of_many_classes_is_to_be_opened(tmp_path, classes, is_open):
+    html = page(make_segmentation(tmp_path / "a", [f"class {i}" for i in range(classes)]))
+    assert ("<details open><summary>eval iou" in html) == is_open
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "small"), [((64, 64), 3 * 120, True), ((360, 480), 3 * 190, False), ((150, 150), 3 * 151, False)]
+)
+def test_panels_are_enlarged_crisply_or_made_to_fit(tmp_path, size, width, small):
+    html = page(make_segmentation(tmp_path / "a", ["sky", "road"], size=size))
+    assert f'<div class="pictures" style="--width: {width}px">' in html
+    assert html.count('class="small"') == (8 if small else 0)

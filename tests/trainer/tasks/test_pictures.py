@@ -1,5 +1,6 @@
 """Pictures of the same few eval samples at each evaluation: what the model makes of them."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import torch
@@ -10,6 +11,7 @@ from syncbn.trainer.config import typed
 from syncbn.trainer.data import SHOWN, Batch
 from syncbn.trainer.rank.assemble import assemble
 from syncbn.trainer.rank.build import build
+from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.training import loop
 from tests.ranks import run_ranks
@@ -32,35 +34,49 @@ def test_a_picture_of_classification_tells_what_it_is_and_what_it_was_taken_for(
     assert (png.size, png.getpixel((3, 2))) == ((4, 4), tuple(pixels[1, :, 2, 3].tolist()))
 
 
+class Counting(Classify):
+    """Classification with a chart of one number: how many images are right."""
+
+    def charts(self, sums):
+        return [Matrix("right", ["all"], ["all"], [[float(sums["correct"])]])]
+
+
 def shown(rank):
-    """What an observer is shown on this rank, and the pixels of the eval images."""
+    """What an observer is shown on this rank, the accuracies that it logs, and the pixels of the eval images."""
     world = ranks_world(rank)
     config = typed({"train": {"steps": 4, "eval_every": 2, "log_every": 4}})
-    training = assemble(build(config, world), config, world)
-    seen = []
+    parts = build(config, world)
+    training = assemble(replace(parts, task=Counting(classes=parts.data.classes)), config, world)
+    seen, accuracies = [], []
 
     class Observer:
-        def show(self, step, pictures):
-            seen.append((step, [(picture.image, picture.caption) for picture in pictures]))
+        def show(self, step, shown):
+            seen.append((step, [(picture.image, picture.caption) for picture in shown.pictures], shown.charts))
 
         def stepped(self, step): ...
         def evaluating(self, step): ...
-        def log(self, step, figures, reading=None): ...
+
+        def log(self, step, figures, reading=None):
+            accuracies.extend(value for name, value in figures.items() if name == "eval/accuracy")
 
     loop.fit(training, config.train, world, Observer())
     images = training.data.eval.loader.dataset.images
-    return seen, [images[i * len(images) // SHOWN][0] for i in range(SHOWN)]
+    return seen, accuracies, [images[i * len(images) // SHOWN][0] for i in range(SHOWN)]
 
 
-def test_the_same_samples_are_shown_at_each_evaluation_on_every_rank():
+def test_the_same_samples_are_shown_at_each_evaluation_on_every_rank_and_charts_of_all():
     first, *others = run_ranks(shown, 2)
-    seen, images = first
-    assert [step for step, _ in seen] == [2, 4]
-    for _, pictures in seen:
+    seen, accuracies, images = first
+    assert [step for step, *_ in seen] == [2, 4]
+    for _, pictures, _ in seen:
         assert all(
             torch.equal(each, image.expand(3, -1, -1)) for (each, _), image in zip(pictures, images, strict=True)
         )
-    for other, _ in others:
-        assert [[caption for _, caption in pictures] for _, pictures in other] == [
-            [caption for _, caption in pictures] for _, pictures in seen
+    for other, *_ in others:
+        assert [[caption for _, caption in pictures] for _, pictures, _ in other] == [
+            [caption for _, caption in pictures] for _, pictures, _ in seen
         ]
+    # 360 images of both ranks: charts are of the sums that the figures are of
+    rights = [chart.values[0][0] for *_, (chart,) in seen]
+    assert [right / 360 for right in rights] == accuracies
+    assert rights[-1] > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from syncbn.trainer.data import Batch
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.rank.build import build
+from syncbn.trainer.tasks.colours import in_hex
 from syncbn.trainer.tasks.segment import IGNORED, Objective, Segment, dice_losses, rarity
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.evaluation import evaluate
@@ -195,19 +197,32 @@ def test_the_unet_takes_images_of_any_size(size):
     assert model(torch.zeros(0, 3, *size)).shape == (0, 5, *size)
 
 
-def test_pictures_are_image_truth_and_prediction_with_a_legend():
+def test_pictures_are_image_truth_and_prediction_in_the_colours_of_the_legend():
     task = Segment(CLASSES)
     scores = torch.zeros(1, 3, 4, 6)
     scores[:, 1] = 1.0
     mask = torch.ones(4, 6, dtype=torch.uint8)
     mask[0] = 0
     pixels = [torch.full((3, 4, 6), 7, dtype=torch.uint8)]
-    legend, picture = task.pictures(lambda _: scores, Batch([torch.zeros(3, 4, 6)], [mask]), pixels)
-    assert legend.caption == "0 ground, 1 tree, 2 sky"
-    assert (legend.image.shape, picture.image.shape) == ((3, 16, 48), (3, 4, 6 * 3 + 2 * 2))
-    assert picture.caption == "image, truth, prediction: 75% of the pixels"
-    assert torch.equal(picture.image[:, 1:, 8:14], picture.image[:, 1:, 16:])
-    assert not torch.equal(picture.image[:, :1, 8:14], picture.image[:, :1, 16:])
+    mask[3, 5] = IGNORED
+    (picture,) = task.pictures(lambda _: scores, Batch([torch.zeros(3, 4, 6)], [mask]), pixels)
+    assert (picture.panels, picture.caption) == (("image", "truth", "prediction"), "74% of the pixels right")
+    assert picture.image.shape == (3, 4, 6 * 3 + 2 * 2)
+    colours = [[in_hex(tuple(picture.image[:, y, x].tolist())) for x in (0, 13, 21)] for y in range(4)]
+    ground, tree, ignored = (task.legend[name] for name in ("ground", "tree", "ignored"))
+    assert colours == [["#070707", ground, tree], *[["#070707", tree, tree]] * 2, ["#070707", ignored, tree]]
+
+
+def test_each_class_has_a_colour_of_its_own():
+    legend = Segment([str(i) for i in range(150)]).legend
+    assert [*legend] == [*map(str, range(150)), "ignored"]
+    assert len(set(legend.values())) == 151
+
+
+def test_the_chart_has_each_classs_pixels_as_shares_of_it():
+    (confusion,) = Segment(CLASSES).charts({"matrix": torch.tensor([[3.0, 1, 0], [0, 0, 0], [2, 2, 4]])})
+    assert (confusion.rows, confusion.columns, confusion.unit) == (CLASSES, CLASSES, "%")
+    assert confusion.values == [[0.75, 0.25, 0.0], [None] * 3, [0.25, 0.25, 0.5]]
 
 
 @pytest.mark.ci
@@ -219,7 +234,10 @@ def test_a_run_leaves_figures_pictures_and_a_program(tmp_path):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["objective"] == result["metrics"]["eval/miou"]
     assert math.isfinite(result["metrics"]["eval/loss"])
-    assert "eval/iou_background" in said
-    assert len(list((tmp_path / "r" / "pictures").glob("*.png"))) == 9
+    assert re.search(r"eval/iou +background: \d+", said)
+    assert len(list((tmp_path / "r" / "pictures").glob("*.png"))) == 8
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert page.count("<span>prediction</span>") == 8
+    assert ">confusion, %</text>" in page
     code, said = finished(PYTHON, "task=evaluate", f"checkpoint={tmp_path / 'r'}", root=tmp_path / "none")
     assert (code, f"{result['objective']:.2%}" in said) == (0, True), said
