@@ -10,7 +10,8 @@ from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import Classify
-from syncbn.trainer.tasks.segment import Objective, Segment
+from syncbn.trainer.tasks.objective import Objective
+from syncbn.trainer.tasks.segment import Segment
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"

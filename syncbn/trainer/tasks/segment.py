@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +14,10 @@ from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Matrix
 from syncbn.trainer.tasks.classify import find_scores
 from syncbn.trainer.tasks.colours import GREY, colour_of, in_hex
+from syncbn.trainer.tasks.objective import Objective, rarity
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 PANELS = ("image", "truth", "prediction")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is optimised; the keys of the config's task section have the same names and say what they are."""
-
-    class_weights: str = "none"
-    dice: float = 0.0
-    ohem: float = 0.0
-    aux_weight: float = 0.4
-    label_smoothing: float = 0.0
 
 
 class Segment(Task):
@@ -44,8 +33,8 @@ class Segment(Task):
     targets = "masks"
     any_size = True
 
-    def __init__(self, classes: Sequence[str] | None = None, options: Objective | None = None):
-        self.classes, self.options = classes or (), options or Objective()
+    def __init__(self, classes: Sequence[str] | None = None, objective: Objective | None = None):
+        self.classes, self.objective = classes or (), objective or Objective()
         self.outputs = len(self.classes) or None
         self.metrics = (
             Metric("miou", "%", headline=True),
@@ -57,18 +46,18 @@ class Segment(Task):
         self.class_weights: Tensor | None = None  # [K]; None: 1 of each
 
     def prepare(self, data: Data) -> None:
-        if self.options.class_weights == "auto":
+        if self.objective.class_weights == "auto":
             self.class_weights = rarity(class_pixels(data.training)).to(data.train.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         output = model(batch.images)
         scores = self._scores(output, batch.images)
-        weights = self._pixel_weights(scores, batch.labels)
-        total = self._objective(scores, batch.labels, weights)
+        weights = self.objective.pixel_weights(scores, batch.labels, self.class_weights)
+        total = self.objective.total(scores, batch.labels, weights)
         if isinstance(output, Mapping) and "aux" in output:  # of a head that helps in training
             auxiliary = self._scores(output["aux"], batch.images)
             # Also at a weight of 0, as DDP wants a gradient of every parameter
-            total = total + self.options.aux_weight * self._objective(auxiliary, batch.labels, weights)
+            total = total + self.objective.aux_weight * self.objective.total(auxiliary, batch.labels, weights)
         weight = weights.sum(dtype=torch.float64)
         sums = {"loss": total.detach().double(), "weight": weight, "matrix": self._matrix(scores, batch.labels)}
         return Loss(total, weight, sums)
@@ -141,34 +130,6 @@ class Segment(Task):
         size = images.shape[-2:]
         return scores if scores.shape[-2:] == size else F.interpolate(scores, size, mode="bilinear")
 
-    def _pixel_weights(self, scores: Tensor, masks: Tensor) -> Tensor:
-        """What each pixel counts in the loss, [B, H, W]: its class's weight; 0 where it is ignored, or easy."""
-        truth = masks.long()
-        counts = truth != IGNORED
-        truth = truth.where(counts, 0)
-        weights = counts.to(scores.dtype)
-        if self.class_weights is not None:
-            weights = weights * self.class_weights.to(scores.dtype)[truth]
-        if self.options.ohem:
-            with torch.no_grad():
-                sure = scores.softmax(1).gather(1, truth[:, None])[:, 0]
-            weights = weights * (sure < self.options.ohem)
-        return weights
-
-    def _objective(self, scores: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-        """The sum over pixels of weight × (cross-entropy + dice × the Dice loss of the pixel's image)."""
-        losses = F.cross_entropy(
-            scores,
-            masks.long(),
-            ignore_index=IGNORED,
-            reduction="none",
-            label_smoothing=self.options.label_smoothing,
-        )
-        total = (losses * weights).sum()
-        if not self.options.dice:
-            return total
-        return total + self.options.dice * (dice_losses(scores, masks) * weights.sum((1, 2))).sum()
-
     def _matrix(self, scores: Tensor, masks: Tensor) -> Tensor:
         """Pixels by truth and prediction, [K, K], exact in float64."""
         classes = len(self.classes)
@@ -183,32 +144,6 @@ class Segment(Task):
         colours = torch.tensor([*map(colour_of, range(len(self.classes)))], dtype=torch.uint8).view(-1, 3)
         colours = torch.cat([colours, colours.new_tensor(GREY).expand(256 - len(colours), 3)])
         return colours[mask.long().cpu()].permute(2, 0, 1)
-
-
-def rarity(pixels: Tensor) -> Tensor:
-    """Weights [K] of classes by their pixels: 1 / ln(1.02 + share), of which the mean over all pixels is 1.
-
-    Source: ENet, Paszke et al. 2016 (arXiv:1606.02147), section 5.2.
-    """
-    shares = pixels.double() / pixels.sum().clamp(min=1)
-    weights = 1 / (1.02 + shares).log()
-    return weights / (weights * shares).sum()
-
-
-def dice_losses(scores: Tensor, masks: Tensor) -> Tensor:
-    """Of each image, [B]: 1 - the mean of 2 |P ∩ T| / (|P| + |T|) over the classes that its mask has.
-
-    P counts probabilities, T pixels, both where the mask counts; an image without such pixels has 0.
-
-    Source: V-Net, Milletari et al. 2016 (arXiv:1606.04797), for several classes.
-    """
-    counts = (masks != IGNORED)[:, None]
-    truth = F.one_hot(masks.long().where(counts[:, 0], 0), scores.shape[1]).permute(0, 3, 1, 2) * counts
-    guess = scores.softmax(1) * counts
-    pixels = truth.sum((2, 3))
-    dice = 2 * (guess * truth).sum((2, 3)) / (guess.sum((2, 3)) + pixels).clamp(min=1)
-    there = pixels > 0
-    return torch.where(there, 1 - dice, 0.0).sum(1) / there.sum(1).clamp(min=1)
 
 
 class AtImageSize(nn.Module):

@@ -17,7 +17,8 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks.colours import in_hex
-from syncbn.trainer.tasks.segment import IGNORED, Objective, Segment, dice_losses, rarity
+from syncbn.trainer.tasks.objective import Objective, dice_losses, rarity
+from syncbn.trainer.tasks.segment import IGNORED, Segment
 from syncbn.trainer.training.bad_steps import Guard
 from syncbn.trainer.training.evaluation import evaluate
 from syncbn.trainer.training.loop import optimiser_step
@@ -53,7 +54,7 @@ class TwoHeads(nn.Module):
         return {"out": self.net(images), "aux": self.aux(images[..., ::2, ::2])}
 
 
-def step(rank, images, masks, options):
+def step(rank, images, masks, objective):
     """The weights after a step of SGD at a rate of 1 on this rank's images."""
     world = ranks_world(rank)
     torch.manual_seed(0)
@@ -61,8 +62,8 @@ def step(rank, images, masks, options):
     nn.init.normal_(model.net.head.weight)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    task, data = Segment(CLASSES, options), Given(sum(map(len, images)))
-    if options.class_weights == "auto":
+    task, data = Segment(CLASSES, objective), Given(sum(map(len, images)))
+    if objective.class_weights == "auto":
         task.class_weights = rarity(torch.tensor([50, 7, 6]))
     training = Training(ddp, task, data, optimizer, None, Guard(model, optimizer), Totals(task.shapes, world))
     _, [(sums, _, _)] = optimiser_step(training, TrainConfig(), world, [Batch(images[rank], masks[rank])])
@@ -70,7 +71,7 @@ def step(rank, images, masks, options):
 
 
 IGNORES = {"unevenly": [5, 60, 0], "one-rank-wholly": [0, 63, 20], "all": [63, 63, 63]}
-OPTIONS = {
+OBJECTIVES = {
     "plain": Objective(aux_weight=0.0),
     "aux": Objective(aux_weight=0.4),
     "weights": Objective(class_weights="auto"),
@@ -80,13 +81,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ranks_of_one_image_equal_one_rank_with_all(options):
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_ranks_of_one_image_equal_one_rank_with_all(objective):
     for ignored in IGNORES.values():
         images, masks = samples(ignored)
-        ((want, whole),) = run_ranks(step, 1, [images], [masks], options)
+        ((want, whole),) = run_ranks(step, 1, [images], [masks], objective)
 
-        ranks = run_ranks(step, 3, images.split(1), masks.split(1), options)
+        ranks = run_ranks(step, 3, images.split(1), masks.split(1), objective)
 
         for weights, _ in ranks:
             torch.testing.assert_close(weights, want, rtol=1e-10, atol=1e-12)
@@ -94,8 +95,8 @@ def test_ranks_of_one_image_equal_one_rank_with_all(options):
         assert whole["matrix"].sum() == 3 * 63 - sum(ignored)
 
 
-def loss_of(scores, masks, options, class_weights=None):
-    task = Segment(CLASSES, options)
+def loss_of(scores, masks, objective, class_weights=None):
+    task = Segment(CLASSES, objective)
     task.class_weights = class_weights
     loss = task.loss(lambda _: scores, Batch(torch.zeros(len(masks), 3, 9, 7), masks))
     return loss.total / loss.weight
