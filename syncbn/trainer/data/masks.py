@@ -122,7 +122,7 @@ class Masks:
         return self.files[index][0]
 
     def fingerprint_parts(self) -> Iterator[bytes]:
-        names = "\n".join(os.path.relpath(path, self.root) for pair in self.files for path in pair)
+        names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.files)
         yield names.replace(os.sep, "/").encode(errors="surrogateescape")
 
     def _refuse_sizes(self, index: int, image: tuple[int, int], mask: tuple[int, int]) -> None:

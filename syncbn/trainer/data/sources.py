@@ -1,5 +1,6 @@
 """Where images come from: each source is a pair (train, eval) of labelled uint8 images."""
 
+import fcntl
 import gzip
 from collections.abc import Callable
 from importlib import resources
@@ -117,11 +118,9 @@ def voc_segmentation(config: "DataConfig") -> tuple[Images, Images]:
 
     names = dict(enumerate(masks.VOC_CLASSES))
     try:
-        # One archive holds both
-        parts = [
-            datasets.VOCSegmentation(config.root, image_set=part, download=config.download and part == "train")
-            for part in ("train", "val")
-        ]
+        if config.download:
+            _fetch_voc(Path(config.root))
+        parts = [datasets.VOCSegmentation(config.root, image_set=part) for part in ("train", "val")]
         train, val = (
             Masks.of_files(part.root, zip(part.images, part.masks, strict=True), names, {255, config.ignore_index})
             for part in parts
@@ -131,13 +130,24 @@ def voc_segmentation(config: "DataConfig") -> tuple[Images, Images]:
     return train.checked(), val.checked()
 
 
+def _fetch_voc(root: Path) -> None:
+    """Unpack its archive, unless that was done: torchvision does so at each call, under the eyes of other ranks."""
+    from torchvision import datasets
+
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".voc.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "VOCdevkit" / "VOC2012").is_dir():
+            datasets.VOCSegmentation(root, image_set="train", download=True)
+
+
 def cityscapes(config: "DataConfig") -> tuple[Images, Images]:
     """Cityscapes' fine annotations as torchvision lays them out: the 19 classes that its benchmark counts."""
     from torchvision import datasets
 
     labels = datasets.Cityscapes.classes
     names = {label.id: label.name for label in labels if 0 <= label.train_id < 255}
-    ignored = {label.id % 256 for label in labels} - names.keys() | {config.ignore_index}
+    ignored = {label.id for label in labels if label.train_id == 255} | {config.ignore_index}
     try:
         parts = [datasets.Cityscapes(config.root, split=part, target_type="semantic") for part in ("train", "val")]
         train, val = (

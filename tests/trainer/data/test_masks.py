@@ -340,6 +340,28 @@ def test_voc_has_its_classes_and_its_borders_count_for_nothing(tmp_path):
     assert len(samples_of(built_of(config_of(tmp_path, name="voc_segmentation", ignore_index=255)))) == 3
 
 
+def test_what_else_is_ignored_of_a_set_of_torchvision_is_no_class_of_it(tmp_path):
+    voc(tmp_path)
+    train, _ = SOURCES["voc_segmentation"](config_of(tmp_path, name="voc_segmentation", ignore_index=0))
+    assert [*train.classes] == [*VOC_CLASSES[1:]]
+    assert {*train[0][1].unique().tolist()} <= {0, 1, 2, 255}
+    train, _ = SOURCES["cityscapes"](config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=7))
+    assert [*train.classes][:2] == ["sidewalk", "building"]
+    assert train[0][1].flatten()[6:12].tolist() == [255, 255, 0, 255, 255, 1]
+
+
+def test_voc_is_fetched_once(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "torchvision.datasets.voc.download_and_extract_archive", lambda *_, **__: fetched.append(voc(root))
+    )
+    root = tmp_path / "data"
+    config = config_of(root, name="voc_segmentation", ignore_index=255, download=True)
+    for _ in range(2):
+        train, val = SOURCES["voc_segmentation"](config)
+        assert (len(train), len(val), len(fetched)) == (2, 1, 1)
+
+
 def test_ids_of_cityscapes_become_those_of_training(tmp_path):
     train, val = SOURCES["cityscapes"](config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=255))
     assert (len(train), len(val), len(train.classes)) == (2, 1, 19)
