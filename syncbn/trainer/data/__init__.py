@@ -22,6 +22,8 @@ from syncbn.trainer.option import option
 from syncbn.trainer.world import World
 
 SHOWN = 8  # eval images, of which tasks make pictures
+# Augmentations that only images with these targets go through
+OF_TARGETS = {"classes": ("pad", "policy", "erase", "mixup", "cutmix"), "masks": ("scale", "photometric")}
 AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: rank/batch_size.py
 
 
@@ -241,9 +243,8 @@ def _samples(
     """The same, as they go into batches."""
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
 
+    _refuse_of_others(config.augment, targets)
     mix = transforms.for_batches(config.augment, len(train.classes))
-    if mix and targets != "classes":
-        raise UserError(f"data.augment.mixup and data.augment.cutmix mix classes, and not {targets}: set both to 0")
     if mix and not stacked:
         raise UserError(
             "data.augment.mixup and data.augment.cutmix mix images of one size, and those of this task have each its "
@@ -259,6 +260,18 @@ def _samples(
     training = Samples(train, for_training, mix=mix, stacked=stacked, **common)
     # With masks, images are evaluated as they are, each at its own size
     return training, Samples(test, for_eval, stacked=stacked and targets == "classes", **common)
+
+
+def _refuse_of_others(augment: AugmentConfig, targets: str) -> None:
+    """Raise UserError for an augmentation that images with these targets do not go through."""
+    plain = AugmentConfig()
+    for kind, keys in OF_TARGETS.items():
+        for key in keys:
+            if kind != targets and getattr(augment, key) != getattr(plain, key):
+                raise UserError(
+                    f"data.augment.{key}={getattr(augment, key)} is for images with {kind}, and those of this task "
+                    f"come with {targets}: leave it out"
+                )
 
 
 def _as_they_are(batch: Any) -> Any:

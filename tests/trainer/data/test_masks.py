@@ -419,6 +419,25 @@ def test_a_root_that_is_not_there_is_refused_at_the_door(tmp_path, name):
         refuse_missing(config_of(tmp_path / "none", name=name, download=True), "masks")
 
 
+OF_OTHERS = {
+    "erase": (
+        "masks",
+        AugmentConfig(erase=0.5),
+        "data.augment.erase=0.5 is for images with classes, and those of this",
+    ),
+    "pad": ("masks", AugmentConfig(pad=2), "data.augment.pad=2 is for images with classes"),
+    "mixup": ("masks", AugmentConfig(mixup=0.2), "data.augment.mixup=0.2 is for images with classes"),
+    "scale": ("classes", AugmentConfig(scale=[0.5, 2.0]), "is for images with masks, and those of this task come with"),
+}
+
+
+@pytest.mark.parametrize(("targets", "augment", "said"), OF_OTHERS.values(), ids=OF_OTHERS)
+def test_an_augmentation_of_other_targets_is_refused(targets, augment, said):
+    config = DataConfig(name={"masks": "digit_scenes", "classes": "digits"}[targets], augment=augment)
+    with pytest.raises(UserError, match=said):
+        data.build(config, World(0, 1, CPU), seed=0, targets=targets)
+
+
 @pytest.fixture(scope="module")
 def camvid(tmp_path_factory):
     if not CAMVID.is_file():
