@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig, Place
 from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
+from syncbn.trainer.tasks.classify import Classify, find_scores
+from syncbn.trainer.tasks.segment import Segment
 from syncbn.trainer.training.resume import load_checkpoint
 from syncbn.trainer.training.state import best_weights
 from tests.ranks import run_ranks
@@ -168,6 +171,75 @@ def test_what_is_printed_names_every_file(exported, tmp_path, capsys):
         assert str(tmp_path / "new" / "folder" / name) in printed
     assert "float32 [N, 3, 32, 32]" in printed
     assert "[0.4, 0.4, 0.4], [0.3, 0.3, 0.3]" in printed
+
+
+SCENES = {
+    "data": {"name": "digit_scenes", "scenes": 8, "size": 64, "mean": [0.4] * 3, "std": [0.3] * 3, "batch_per_rank": 1},
+    "task": {"name": "segment"},
+    "train": {"steps": 1},
+}
+SEGMENTERS = {
+    "unet": {"name": "unet", "options": {"depth": 2, "width": 4}},
+    "lraspp": {"name": "lraspp_mobilenet_v3_large"},
+}
+
+
+@pytest.mark.plain("unet")
+@pytest.mark.parametrize("model", SEGMENTERS.values(), ids=SEGMENTERS)
+def test_a_segmentation_gives_scores_at_the_size_of_any_image(tmp_path, model, capsys):
+    run_ranks(train, 2, tmp_path / "r", {**SCENES, "model": model})
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "r")]) == 0
+    assert "float32 [N, 3, H, W], pixels in 0..1" in capsys.readouterr().out
+    eager = models.build(ModelConfig(**model), 11).eval()
+    eager.load_state_dict(torch.load(tmp_path / "r" / "export" / "weights.pt", weights_only=True), strict=True)
+    program = torch.export.load(tmp_path / "r" / "export" / "program.pt2").module()
+    for shape in (1, 3, 64, 64), (3, 3, 75, 90):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            scores = find_scores(eager(images))
+            assert_close(program(images), scores)
+        assert scores.shape == (shape[0], 11, *shape[2:])
+
+
+class Strided(nn.Module):
+    """Scores of a quarter of the image's sides, in a dict beside others."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 3, stride=4, padding=1)
+
+    def forward(self, x):
+        return {"aux": x.mean(), "out": self.conv(x)}
+
+
+class Sized(nn.Module):
+    """For images of 16×16 alone."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3 * 256, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))[:, :, None, None]
+
+
+@pytest.mark.parametrize(("model", "any_size"), [(Strided, True), (Sized, False)])
+def test_a_program_takes_other_sizes_where_its_model_does(model, any_size):
+    model, task = model(3).eval(), Segment(["a", "b", "c"])
+    program, takes_any = export.traced(task, model, 16, 16, Path("weights.pt"))
+    assert takes_any == any_size
+    images = torch.randn(2, 3, *((19, 30) if any_size else (16, 16)))
+    with torch.no_grad():
+        want = nn.functional.interpolate(find_scores(model(images)), images.shape[2:], mode="bilinear")
+        assert_close(program.module()(images), want)
+
+
+def test_a_classification_is_for_images_of_its_size():
+    program, takes_any = export.traced(Classify(), models.build(ModelConfig("resnet8"), 3), 16, 16, Path("weights.pt"))
+    assert not takes_any
+    with pytest.raises(Exception, match="Guard failed"):
+        program.module()(torch.zeros(1, 3, 20, 20))
 
 
 @pytest.mark.slow

@@ -106,13 +106,14 @@ TRAININGS = {
     "sgd-everything": settings(data={"augment": {"pad": 1, "mixup": 0.2}}, accumulate=2, ema=0.75, clip_norm=0.5),
     "adamw": settings(optim={"name": "adamw", "lr": 0.01}, level="rank"),
     "local": settings(norm="local", ema=0.75),
+    "rates": settings(optim={"lr_factors": {"net.fc": 10}}) | {"schedule": {"name": "poly"}},
     "fp16": settings(precision="fp16", level="off"),
     "batch_renorm": settings(norm="batch_renorm", ema=0.75),
     "evonorm_s0": settings(norm="evonorm_s0", optim={"name": "adamw", "lr": 0.01}),
 }
 
 
-@pytest.mark.plain("sgd-everything-5", "fp16-4", "local-7")
+@pytest.mark.plain("sgd-everything-5", "fp16-4", "local-7", "rates-7")
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -122,6 +123,7 @@ TRAININGS = {
         ("adamw", 1),
         ("adamw", 11),
         ("local", 7),
+        ("rates", 7),
         ("fp16", 4),
         ("batch_renorm", 7),
         ("evonorm_s0", 3),
