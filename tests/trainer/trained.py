@@ -12,6 +12,16 @@ from syncbn.trainer.training.loop import fit
 from syncbn.trainer.training.resume import Keeper
 from syncbn.trainer.world import World
 
+# Settings of a small segmentation with all that its loss can have
+SEGMENTATION = {
+    "data": {
+        "name": "digit_scenes", "scenes": 24, "size": 64, "augment": {"flip": True},
+        "mean": [0.5] * 3, "std": [0.28] * 3,
+    },
+    "task": {"name": "segment", "class_weights": "auto", "dice": 0.5, "ohem": 0.9},
+    "model": {"name": "unet", "options": {"depth": 2, "width": 2}},
+}  # fmt: skip
+
 
 class Shelf:
     def __init__(self, folder, config):

@@ -68,7 +68,8 @@ def dice_losses(scores: Tensor, masks: Tensor) -> Tensor:
     Source: V-Net, Milletari et al. 2016 (arXiv:1606.04797), for several classes.
     """
     counts = (masks != IGNORED)[:, None]
-    truth = F.one_hot(masks.long().where(counts[:, 0], 0), scores.shape[1]).permute(0, 3, 1, 2) * counts
+    classes = masks.long()[:, None].where(counts, 0)
+    truth = torch.zeros_like(scores).scatter_(1, classes, 1.0) * counts  # F.one_hot would look for the largest class
     guess = scores.softmax(1) * counts
     pixels = truth.sum((2, 3))
     dice = 2 * (guess * truth).sum((2, 3)) / (guess.sum((2, 3)) + pixels).clamp(min=1)

@@ -21,6 +21,7 @@ from syncbn.trainer.training.cuda_graph import Captured
 from tests.ranks import run_ranks
 from tests.trainer.on_ranks import Log, world_of
 from tests.trainer.tape import tape
+from tests.trainer.trained import SEGMENTATION
 
 TIMES = {"train/images_per_s", "train/step_ms", "train/data_wait_share"}
 
@@ -94,10 +95,11 @@ TRAININGS = {
     "adamw-clip-mixup-local": settings(
         optim={"name": "adamw", "lr": 2**-7}, data={"augment": {"mixup": 0.2}}, norm="local", clip_norm=0.5
     ),
+    "segmentation": settings(ema=0.75) | SEGMENTATION,
 }
 
 
-@pytest.mark.plain("sgd", "adamw-clip-mixup-local")
+@pytest.mark.plain("sgd", "adamw-clip-mixup-local", "segmentation")
 @pytest.mark.parametrize("overrides", TRAININGS.values(), ids=TRAININGS)
 def test_captured_is_eager_bit_by_bit(overrides):
     eager = run_ranks(train, 2, overrides, False)
