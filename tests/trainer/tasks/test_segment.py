@@ -95,6 +95,18 @@ def test_ranks_of_one_image_equal_one_rank_with_all(objective):
         assert whole["matrix"].sum() == 3 * 63 - sum(ignored)
 
 
+def test_a_step_is_that_of_torchs_mean_over_all_pixels_that_count():
+    images, masks = samples([5, 60, 0])
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    nn.init.normal_(model.net.head.weight)
+    F.cross_entropy(model(images)["out"], masks.long(), ignore_index=IGNORED).backward()
+    want = {name: (p if p.grad is None else p - p.grad).detach() for name, p in model.named_parameters()}
+
+    for weights, _ in run_ranks(step, 3, images.split(1), masks.split(1), Objective(aux_weight=0.0)):
+        torch.testing.assert_close({name: weights[name] for name in want}, want, rtol=1e-10, atol=1e-12)
+
+
 def loss_of(scores, masks, objective, class_weights=None):
     task = Segment(CLASSES, objective)
     task.class_weights = class_weights
