@@ -141,6 +141,17 @@ def test_dice_of_an_image_by_hand():
     assert dice_losses(scores, torch.full_like(mask, IGNORED)).tolist() == [0.0]
 
 
+def test_dice_and_an_auxiliary_head_are_added_by_their_weights():
+    _, masks = samples([5, 60, 0])
+    scores, coarse = torch.randn(3, 3, 9, 7, dtype=torch.float64), torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    mean, of_coarse = (F.cross_entropy(each, masks.long(), ignore_index=IGNORED) for each in (scores, coarse))
+    pixels = torch.tensor([63 - 5, 63 - 60, 63]).double()
+    dice = (dice_losses(scores, masks) * pixels).sum() / pixels.sum()
+    torch.testing.assert_close(loss_of(scores, masks, Objective(dice=0.7)), mean + 0.7 * dice)
+    heads = {"out": scores, "aux": coarse}
+    torch.testing.assert_close(loss_of(heads, masks, Objective(aux_weight=0.4)), mean + 0.4 * of_coarse)
+
+
 def test_rare_classes_weigh_more_and_pixels_weigh_one_on_average():
     pixels = torch.tensor([900, 90, 10, 0])
     weights = rarity(pixels)
