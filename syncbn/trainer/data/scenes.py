@@ -1,6 +1,7 @@
 """Scenes with real handwritten digits in them: any number, each drawn from its number alone, with masks."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ DIGITS = (5, 9)  # of a scene, from and to
 SIDES = (16, 24)  # of a digit, in pixels
 TRIES = 8  # to find a place for a digit
 INK = 0.4  # of the darkest: what is darker is of the digit
+
+
+class Scene(NamedTuple):
+    """A canvas with digits on it.
+
+    image: uint8 [3, H, W]. mask: uint8 [H, W], of classes. boxes: int64 [n, 4], left, top, right and bottom of each
+    digit, the latter two behind its last pixel. labels: int64 [n], the classes of the digits.
+    """
+
+    image: Tensor
+    mask: Tensor
+    boxes: Tensor
+    labels: Tensor
 
 
 class Scenes:
@@ -37,10 +51,16 @@ class Scenes:
         return self.number
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self.scene(index)
+        return scene.image, scene.mask
+
+    def scene(self, index: int) -> Scene:
+        """All of scene index, the boxes of its digits too."""
         draw = torch.Generator().manual_seed(seed_of(self.seed, index))
         height, width = torch.randint(SMALLEST, LARGEST + 1, (2,), generator=draw).tolist()
-        scene = texture(height, width, draw)
+        canvas = texture(height, width, draw)
         mask = torch.zeros(height, width, dtype=torch.uint8)
+        boxes, labels = [], []
         digits = int(torch.randint(DIGITS[0], DIGITS[1] + 1, (), generator=draw))
         for scan in torch.randint(len(self.scans), (digits,), generator=draw).tolist():
             side = int(torch.randint(SIDES[0], SIDES[1] + 1, (), generator=draw))
@@ -48,10 +68,13 @@ class Scenes:
             if place is None:
                 continue
             ink = F.interpolate(self.scans[scan][None].float() / 255, (side, side), mode="bilinear")[0]
-            colour = contrast(scene[place].mean((1, 2)), draw)
-            scene[place].lerp_(colour.view(3, 1, 1), ink.clamp(0, 1))
+            colour = contrast(canvas[place].mean((1, 2)), draw)
+            canvas[place].lerp_(colour.view(3, 1, 1), ink.clamp(0, 1))
             mask[place[1:]][ink[0] > INK] = 1 + self.labels[scan]
-        return scene.mul(255).round().byte(), mask
+            boxes.append(box_around(ink[0] > INK, place))
+            labels.append(1 + self.labels[scan])
+        # At least one digit finds a place: the first
+        return Scene(canvas.mul(255).round().byte(), mask, torch.stack(boxes), torch.tensor(labels))
 
     def where(self, index: int) -> str:
         return f"scene {index}"
@@ -68,6 +91,13 @@ def free_place(mask: Tensor, side: int, draw: torch.Generator) -> tuple[slice, s
         if not mask[place[1:]].any():
             return place
     return None
+
+
+def box_around(digit: Tensor, place: tuple[slice, slice, slice]) -> Tensor:
+    """Left, top, right and bottom of a digit, bool [side, side], that lies at a place of the image."""
+    rows, columns = digit.nonzero().T
+    left, top = columns + place[2].start, rows + place[1].start
+    return torch.stack([left.min(), top.min(), left.max() + 1, top.max() + 1])
 
 
 def texture(height: int, width: int, draw: torch.Generator) -> Tensor:

@@ -40,6 +40,20 @@ def test_masks_are_of_the_classes_and_lie_on_their_digits():
     assert seen == set(range(11))
 
 
+def test_boxes_are_around_the_digits_of_a_scene():
+    train, _ = digit_scenes(config())
+    for i in range(40):
+        scene = train.scene(i)
+        assert torch.equal(scene.mask, train[i][1])
+        assert (scene.boxes.shape, scene.boxes.dtype) == ((len(scene.labels), 4), torch.int64)
+        covered = torch.zeros_like(scene.mask)
+        for (left, top, right, bottom), label in zip(scene.boxes.tolist(), scene.labels, strict=True):
+            digit = scene.mask[top:bottom, left:right] == label
+            assert all(edge.any() for edge in (digit[0], digit[-1], digit[:, 0], digit[:, -1])), "it is no larger"
+            covered[top:bottom, left:right] = 1
+        assert not scene.mask[covered == 0].any(), "and no smaller"
+
+
 def test_scans_of_training_and_of_eval_do_not_mix():
     train, test = digit_scenes(config())
     of_digits = digits(config())
