@@ -69,7 +69,7 @@ def draw(runs: Runs, file: Path) -> None:
     figure = Figure(figsize=(7.0, 2.4), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
     shown = ["val mIoU, %", "effective batch of the worst layer"]
-    titles = ["Mean IoU on CamVid, 8 ranks × 1 image", "Effective batch size of the worst layer"]
+    titles = ["Mean IoU on CamVid, %", "Effective batch size of the worst layer"]
     for axes, name, title in zip(panels, shown, titles, strict=True):
         for place, norm in enumerate(runs):
             if values := over_seeds(runs[norm], FIGURES[name]):
