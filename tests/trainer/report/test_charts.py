@@ -1,12 +1,11 @@
 """Charts that a task makes of its sums, as they are drawn."""
 
-import xml.etree.ElementTree as ET
-
 import pytest
 
-from syncbn.trainer.report import charts, plots
+from syncbn.trainer.report import charts
 from syncbn.trainer.report.for_wandb import drawings_of
 from syncbn.trainer.runs.pictures import KINDS, Matrix, Pictures
+from tests.trainer.report.drawn import brightness, texts
 
 
 def confusion(classes, **options):
@@ -14,18 +13,6 @@ def confusion(classes, **options):
     values = [[0.75 if i == j else 0.25 / (classes - 1) for j in range(classes)] for i in range(classes)]
     given = {"title": "confusion", "values": values, "unit": "%", "down": "truth", "along": "taken for"}
     return Matrix(rows=names, columns=names, **{**given, **options})
-
-
-def texts(figure):
-    return [
-        "".join(e.itertext()) for e in ET.fromstring(plots.svg(figure, "a")).iter("{http://www.w3.org/2000/svg}text")
-    ]
-
-
-def brightness(figure):
-    """Mean of red, green and blue of each cell."""
-    image = figure.axes[0].images[0]
-    return image.to_rgba(image.get_array())[..., :3].mean(-1)
 
 
 def test_each_kind_of_chart_is_drawn():

@@ -6,24 +6,13 @@ from math import inf, nan
 import pytest
 
 from syncbn.trainer.report import plots
+from tests.trainer.report.drawn import brightness, texts
 
 
 def map_of(values, rows=None, columns=None, **options):
     rows = rows or [f"layer{i}" for i in range(len(values))]
     columns = columns or [10 * (i + 1) for i in range(len(values[0]))]
     return plots.heat_map(values, rows, columns, **{"title": "ICC", "unit": "ICC", **options})
-
-
-def texts(figure):
-    return [
-        "".join(e.itertext()) for e in ET.fromstring(plots.svg(figure, "a")).iter("{http://www.w3.org/2000/svg}text")
-    ]
-
-
-def brightness(figure):
-    """Mean of red, green and blue of each cell."""
-    image = figure.axes[0].images[0]
-    return image.to_rgba(image.get_array())[..., :3].mean(-1)
 
 
 @pytest.mark.parametrize(("worst", "log"), [("high", False), ("high", True), ("low", False), ("low", True)])
