@@ -200,17 +200,7 @@ def build(
     shown = min(SHOWN, len(test))
 
     def batches(samples: Samples, sampler: Iterable[list[Key]], workers: int = config.workers) -> Batches:
-        loader = DataLoader(
-            samples,
-            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  (any iterable of keys)
-            num_workers=workers,
-            collate_fn=_as_they_are,
-            pin_memory=world.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=HeedRankAlone(),
-            generator=torch.Generator(),  # or the loader would draw from the process's
-        )
-        return Batches(loader, config, world.device, memory_format)
+        return Batches(_loader(samples, sampler, workers, world.device), config, world.device, memory_format)
 
     return Data(
         batches(training, sampler),
@@ -225,6 +215,19 @@ def build(
         fingerprint(train, test),
         [*dict.fromkeys([*train.notes, *test.notes])],
         train,
+    )
+
+
+def _loader(samples: Samples, sampler: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  (any iterable of keys)
+        num_workers=workers,
+        collate_fn=_as_they_are,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=HeedRankAlone(),
+        generator=torch.Generator(),  # or the loader would draw from the process's
     )
 
 

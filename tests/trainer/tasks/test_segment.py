@@ -209,9 +209,11 @@ def test_figures_are_the_same_to_the_last_digit_for_any_number_of_ranks():
             assert figures["eval/loss"] == pytest.approx(want["eval/loss"], rel=1e-6)
 
 
-def test_a_model_of_one_score_an_image_is_refused():
-    with pytest.raises(UserError, match=r"gives scores \[2, 3\] for images \[2, 3, 9, 7\]: its forward must return"):
-        Segment(CLASSES).loss(lambda images: torch.zeros(2, 3), Batch(torch.zeros(2, 3, 9, 7), torch.zeros(2, 9, 7)))
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 9, 7)], ids=["an-image", "other-classes"])
+def test_a_model_with_other_scores_is_refused(shape):
+    wanted = rf"gives scores {re.escape(str([*shape]))} for images \[2, 3, 9, 7\]: .* scores \[2, 3, H, W\]"
+    with pytest.raises(UserError, match=wanted):
+        Segment(CLASSES).loss(lambda _: torch.zeros(shape), Batch(torch.zeros(2, 3, 9, 7), torch.zeros(2, 9, 7)))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 1), (65, 71)], ids=str)
