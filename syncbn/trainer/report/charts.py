@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from syncbn.trainer.report.plots import FAINT, INK, MISSING, short_name, span, styled
+from syncbn.trainer.report.plots import COLOURS, DASHES, FAINT, INK, MISSING, short_name, span, styled
 from syncbn.trainer.runs.metric import in_digits
-from syncbn.trainer.runs.pictures import Chart, Matrix
+from syncbn.trainer.runs.pictures import Chart, Curves, Matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +17,9 @@ MOST_NUMBERED = 20  # rows or columns whose cells have their numbers in them
 LETTER = 0.075  # inches wide, on average
 LABEL = 0.14  # inches that a row's name is high
 IN_A_COLUMN = 25  # names of a legend
+MOST_COLOURED = 12  # lines; of more, the ends are, before the others in grey
+WIDE = 4.4  # inches, of a chart of lines
+ENDS = 3  # highest and lowest of these
 
 
 def drawn(chart: Chart) -> "Figure":
@@ -79,6 +83,51 @@ def matrix(chart: Matrix) -> "Figure":
 
 
 @styled
+def curves(chart: Curves) -> "Figure":
+    """A line for each name, the names below from the highest line to the lowest.
+
+    Of more than MOST_COLOURED lines the highest and the lowest three are coloured, and the others thin and grey.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    ranked = sorted(chart.lines, key=lambda name: -_height(chart.lines[name]))
+    ends = ranked if len(ranked) <= MOST_COLOURED else [*ranked[:ENDS], *ranked[-ENDS:]]
+    labels = [short_name(name) for name in ends]
+    columns = min(len(labels), max(1, int(WIDE / (LETTER * max(map(len, labels)) + 0.5))))
+    rows = math.ceil(len(labels) / columns) + (len(ranked) > len(ends))
+    figure = Figure(figsize=(WIDE, 3.4 + 0.17 * rows), layout="constrained")
+    axes = figure.add_subplot(title=f"{chart.title}, {chart.unit}".removesuffix(", "))
+    for name in ranked:
+        if name not in ends:
+            axes.plot(*zip(*chart.lines[name], strict=True), color=MISSING, linewidth=0.7, zorder=1.5)
+    for i, (name, label) in enumerate(zip(ends, labels, strict=True)):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS)]
+        axes.plot(*zip(*chart.lines[name], strict=True), color=colour, linestyle=dash, linewidth=1.5, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(chart.along)
+    axes.set_ylabel(chart.up)
+    if chart.unit == "%":
+        axes.set(xlim=(0, 1.01), ylim=(0, 1.02))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    others = f"the {ENDS} highest and the {ENDS} lowest of {len(ranked)}" if len(ranked) > len(ends) else None
+    figure.legend(  # pyright: ignore[reportCallIssue]
+        loc="outside lower left",
+        ncols=columns,
+        title=others,
+        alignment="left",
+        frameon=False,
+        handlelength=1.4,
+        columnspacing=1.2,
+        labelspacing=0.3,
+    )
+    return figure
+
+
+@styled
 def legend(colours: Mapping[str, str]) -> "Figure":
     """A square of each colour beside what it means."""
     from matplotlib.figure import Figure
@@ -99,6 +148,11 @@ def legend(colours: Mapping[str, str]) -> "Figure":
     return figure
 
 
+def _height(points: Sequence[Sequence[float]]) -> float:
+    """The mean height of a line, by which lines are ranked."""
+    return mean(y for _, y in points)
+
+
 def _number(value: float, percent: bool) -> str:
     if math.isnan(value):
         return ""
@@ -107,4 +161,4 @@ def _number(value: float, percent: bool) -> str:
     return in_digits(value, 2)
 
 
-DRAW: Mapping[type[Chart], Callable[[Any], "Figure"]] = {Matrix: matrix}
+DRAW: Mapping[type[Chart], Callable[[Any], "Figure"]] = {Matrix: matrix, Curves: curves}

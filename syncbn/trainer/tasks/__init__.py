@@ -8,7 +8,7 @@ from syncbn.trainer.data import TARGETS
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
-from syncbn.trainer.runs.pictures import Matrix
+from syncbn.trainer.runs.pictures import Box, Curves, Matrix
 from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.tasks.objective import Objective
 from syncbn.trainer.tasks.segment import Segment
@@ -16,7 +16,7 @@ from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
 
-__all__ = ["TASKS", "Loss", "Matrix", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Box", "Curves", "Loss", "Matrix", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn.trainer.runs.metric import Metric
+from syncbn.trainer.runs.pictures import Curves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,12 +80,23 @@ def average_precision(predictions: Sequence[Tensor], truth: Sequence[Tensor], cl
         "ar": _mean(recall[..., 0]),
         **{figure_of(name): _mean(whole[..., i]) for i, name in enumerate(classes)},
     }
-    recalls = evaluation.params.recThrs.tolist()
+    recalls = [i / 100 for i in range(101)]
     at_half = zip(classes, whole[0].T.tolist(), strict=True)
     return Precision(
         {name: value for name, value in figures.items() if value is not None},
         {name: list(zip(recalls, heights, strict=True)) for name, heights in at_half if heights[0] >= 0},
     )
+
+
+def precision_recall(precision: Precision) -> list[Curves]:
+    """The chart of its curves; none, where there is no truth."""
+    if not precision.curves:
+        return []
+    lines = {name: [(x, round(y, 4)) for x, y in points] for name, points in precision.curves.items()}
+    caption = (
+        "Of the surest predictions that find so much of a class (recall), the share that is right, at an IoU of 0.5."
+    )
+    return [Curves("precision and recall", lines, "recall", "precision", "%", caption)]
 
 
 def _mean(values: "np.ndarray") -> float | None:

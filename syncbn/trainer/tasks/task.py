@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from syncbn.trainer.data import Batch, Data
 from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.runs.metric import Metric
-from syncbn.trainer.runs.pictures import Chart
+from syncbn.trainer.runs.pictures import Boxes, Chart
 
 Sums = dict[str, Tensor]
 """Totals over samples, of any shape: they add up over batches and ranks, in float64."""
@@ -36,11 +36,14 @@ class Picture:
     Args:
         image: uint8 [3, H, W], RGB.
         panels: names of its parts, if it has some side by side, equally wide.
+        boxes: to be drawn over it, by what they are: {"truth": [Box(...), ...], "prediction": [...]}. Each name has a
+            panel of its own, so that the image itself has no parts then. The legend has the colours of what they hold.
     """
 
     image: Tensor
     caption: str = ""
     panels: Sequence[str] = ()
+    boxes: Boxes = field(default_factory=dict)
 
     def png(self) -> bytes:
         from PIL import Image  # only on rank 0

@@ -10,10 +10,10 @@ SIZES = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large
 
 def overlap(box, truth):
     """The intersection over the union; with a crowd, over the box alone."""
-    (l, t, r, b), (L, T, R, B) = box[:4], truth[:4]
-    common = max(0, min(r, R) - max(l, L)) * max(0, min(b, B) - max(t, T))
-    crowd = truth[6]
-    return common / ((r - l) * (b - t) + (0 if crowd else (R - L) * (B - T) - common))
+    shared = [min(box[i + 2], truth[i + 2]) - max(box[i], truth[i]) for i in (0, 1)]
+    common = max(0, shared[0]) * max(0, shared[1])
+    areas = [(each[2] - each[0]) * (each[3] - each[1]) for each in (box, truth)]
+    return common / (areas[0] if truth[6] else areas[0] + areas[1] - common)
 
 
 def matched(boxes, truth, iou, smallest, largest):
@@ -58,7 +58,9 @@ def curve(predictions, truth, label, iou, size):
 def average_precision(predictions, truth, classes):
     """The figures by name, of lists of lists of boxes as tensors' tolist gives them."""
 
-    def curves(size, labels=range(1, len(classes) + 1)):
+    labels = range(1, len(classes) + 1)
+
+    def curves(size, labels=labels):
         every = [curve(predictions, truth, label, iou, size) for label in labels for iou in IOUS]
         return [each for each in every if each]
 

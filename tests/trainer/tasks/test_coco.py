@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from syncbn.trainer.tasks.coco import average_precision, metrics_of
+from syncbn.trainer.tasks.coco import average_precision, metrics_of, precision_recall
 from tests.trainer.tasks.average_precision import average_precision as by_definition
 
 BOX, APART = [10, 10, 50, 50], [60, 60, 90, 90]
@@ -29,7 +29,7 @@ def test_the_very_boxes_are_a_precision_of_one():
     # 40 × 40 is COCO's medium, 30 × 30 its small
     names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ar", "ap_a", "ap_b"]
     assert result.figures == pytest.approx(dict.fromkeys(names, 1.0))
-    assert result.curves == {name: [(pytest.approx(i / 100), 1.0) for i in range(101)] for name in "ab"}
+    assert result.curves == {name: [(i / 100, 1.0) for i in range(101)] for name in "ab"}
 
 
 def test_what_is_found_late_and_half_found_counts_as_the_definition_has_it():
@@ -43,6 +43,8 @@ def test_what_is_found_late_and_half_found_counts_as_the_definition_has_it():
         | {"ap_a": 0.7 * at_half}
     )
     assert [height for _, height in result.curves["a"]] == 51 * [0.5] + 50 * [0.0]
+    (chart,) = precision_recall(result)
+    assert chart.lines == result.curves
 
 
 def test_a_second_box_for_an_object_is_wrong_and_one_in_a_crowd_is_neither():
@@ -69,6 +71,7 @@ def test_without_predictions_all_is_0_and_without_truth_there_is_no_more_than_th
     for objects in truth(), truth((BOX, 1), crowd=1):
         assert average_precision([predictions([*BOX, 0.9, 1])], [objects], "a") == ({"ap": 0.0}, {})
     assert average_precision([], [], "a") == ({"ap": 0.0}, {})
+    assert precision_recall(average_precision([], [], "a")) == []
 
 
 def test_what_is_not_finite_is_no_prediction():
