@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -85,6 +85,12 @@ class World:
         vectors = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(vectors, padded)
         return [vector[:length] for vector, length in zip(vectors, lengths, strict=True)]
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What work returns on rank 0, on every rank; if it fails, it does on all. Collective, but work is not."""
+        with self.together():
+            answer = work() if self.rank == 0 else None
+        return self.from_rank_0(answer)
 
     def copy_from_rank_0(self, tensors: list[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0. Collective."""

@@ -72,9 +72,10 @@ def measure(
             raise Preempted
     reduced = totals.reduce()
     sums = {**reduced.sums, **rows.gather()}
-    figures = {f"eval/{name}": value for name, value in task.figures(sums).items()}
+    judged, charts = world.on_rank_0(lambda: (task.figures(sums), task.charts(sums)))  # once, as it may be dear
+    figures = {f"eval/{name}": value for name, value in judged.items()}
     figures |= {"eval/images": reduced.images, "eval/skipped_images": reduced.skipped}
-    return Evaluation(figures, task.charts(sums))
+    return Evaluation(figures, charts)
 
 
 def evaluate_recalibrated(
