@@ -109,7 +109,7 @@ def stepper(parts: Parts, config: Config, ranks: World) -> Callable[[int], None]
         for part, loss_of in parts.task.parts.items():
             with only(parts.model, part), autocast(config.train, ranks):
                 loss = loss_of(parts.model, samples)
-            (loss.total * 0).backward()  # whatever the loss, no weight runs away
+            (loss.total.sum() * 0).backward()  # whatever the loss, no weight runs away
             optimizer.step()
             optimizer.zero_grad()
 

@@ -22,6 +22,9 @@ class Loss(NamedTuple):
 
     What is optimised is the sum over all ranks and batches of a step, over the weight of all of them: the same for any
     split of the samples over ranks, also where a rank has nothing that counts.
+
+    A loss of K terms that are divided by different things has a total and a weight [K] instead, the same K on every
+    rank: each term is divided by its weight over all ranks, in each forward of a step by itself.
     """
 
     total: Tensor

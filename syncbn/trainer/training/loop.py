@@ -15,7 +15,7 @@ from syncbn.trainer.data import Batch, Batches
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.runs.metric import headline
 from syncbn.trainer.runs.pictures import Shown
-from syncbn.trainer.tasks.task import LossOf
+from syncbn.trainer.tasks.task import Loss, LossOf
 from syncbn.trainer.training.cuda_graph import Capture, Captured, Done, Step, cuda_graph
 from syncbn.trainer.training.evaluation import autocast, evaluate_all, show
 from syncbn.trainer.training.options import TrainConfig
@@ -117,7 +117,7 @@ def settle_buckets(training: Training, config: TrainConfig, world: World) -> Non
         for part, loss_of in training.task.parts.items():
             with only(training.model.module, part), autocast(config, world):
                 loss = loss_of(training.model, batch)
-            loss.total.backward()
+            loss.total.sum().backward()  # of several terms, if it has them
     training.optimizer.zero_grad()
 
 
@@ -154,6 +154,8 @@ def step_part(training: Training, config: TrainConfig, world: World, loss_of: Lo
         with model.no_sync() if micro < config.accumulate else nullcontext():
             with autocast(config, world):
                 loss = loss_of(model, batch)
+            if loss.total.ndim:
+                loss = joined_terms(loss, training.data.global_batch, world)
             # DDP takes the mean over ranks
             guard.backward(loss.total, times=world.size / images)
         weights.append(loss.weight)
@@ -165,6 +167,13 @@ def step_part(training: Training, config: TrainConfig, world: World, loss_of: Lo
     bad = guard.step(config.clip_norm, times)
     training.optimizer.zero_grad()
     return bad, sums
+
+
+def joined_terms(loss: Loss, images: int, world: World) -> Loss:
+    """A loss of several terms as one: each divided by its weight over all ranks, for so many images. Collective."""
+    weights = world.sum(loss.weight.detach().double())
+    shares = torch.where(weights > 0, images / weights, 0.0).to(loss.total.dtype)
+    return loss._replace(total=(loss.total * shares).sum(), weight=weights.new_tensor(images / world.size))
 
 
 @contextmanager
