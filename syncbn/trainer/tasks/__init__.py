@@ -10,6 +10,7 @@ from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Box, Curves, Matrix
 from syncbn.trainer.tasks.classify import Classify
+from syncbn.trainer.tasks.detect import Detect
 from syncbn.trainer.tasks.objective import Objective
 from syncbn.trainer.tasks.segment import Segment
 from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
@@ -28,6 +29,7 @@ class TaskConfig:
     dice: float = option(0.0, "segment: weight of the Dice loss of each image beside the cross-entropy")
     ohem: float = option(0.0, "segment: only pixels whose true class has less than this probability count; 0: all")
     aux_weight: float = option(0.4, "segment: weight of the loss of the model's auxiliary head, where it has one")
+    masks: bool = option(False, "detect: learn from the mask of each object too, as Mask R-CNN does")
 
     def __post_init__(self) -> None:
         if self.name not in TASKS and ":" not in self.name:
@@ -93,4 +95,5 @@ def _objective(config: TaskConfig) -> Objective:
 TASKS: dict[str, Callable[[TaskConfig, Sequence[str] | None], Task]] = {
     "classify": lambda config, classes: Classify(config.label_smoothing, classes),
     "segment": lambda config, classes: Segment(classes, _objective(config)),
+    "detect": lambda config, classes: Detect(classes, config.masks),
 }
