@@ -19,7 +19,7 @@ from tests.op.steps import EXACT
 from tests.ranks import run_ranks
 
 SIZES = [6, 4, 5, 7]
-DIGITS = Path(__file__).parents[2] / "syncbn/trainer/data/digits.csv.gz"
+DIGITS = Path(__file__).parents[2] / "syncbn/trainer/data/sets/digits.csv.gz"
 
 
 def stream(dtype=torch.float64):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.trainer.data.images import Images
-from syncbn.trainer.data.pixels import Unreadable, unreadable
 from syncbn.trainer.data.sampler import Key, seed_of
+from syncbn.trainer.data.sets.images import Images
+from syncbn.trainer.data.sets.pixels import Unreadable, unreadable
 from syncbn.trainer.errors import UserError
 
 if TYPE_CHECKING:

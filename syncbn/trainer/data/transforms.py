@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from syncbn.trainer.data.masks import IGNORED
+from syncbn.trainer.data.sets.masks import IGNORED
 
 if TYPE_CHECKING:
     from syncbn.trainer.data import AugmentConfig, DataConfig

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from syncbn.trainer import data
 from syncbn.trainer.data import AugmentConfig, DataConfig
-from syncbn.trainer.data.images import InMemory, fingerprint
 from syncbn.trainer.data.sampler import EvalSampler, TrainSampler, slice_of
-from syncbn.trainer.data.sources import SOURCES
+from syncbn.trainer.data.sets.images import InMemory, fingerprint
+from syncbn.trainer.data.sets.sources import SOURCES
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 from tests.trainer.images import image_folder, write_image

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from syncbn.trainer.data import pixels
-from syncbn.trainer.data.folders import Folder, train_and_eval
+from syncbn.trainer.data.sets import pixels
+from syncbn.trainer.data.sets.folders import Folder, train_and_eval
 from syncbn.trainer.errors import UserError
 from tests.trainer.images import image_folder, write_image
 

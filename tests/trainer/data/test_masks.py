@@ -14,8 +14,8 @@ from torchvision import datasets
 
 from syncbn.trainer import data
 from syncbn.trainer.data import AugmentConfig, DataConfig, class_pixels
-from syncbn.trainer.data.masks import VOC_CLASSES, train_and_eval
-from syncbn.trainer.data.sources import SOURCES, refuse_missing
+from syncbn.trainer.data.sets.masks import VOC_CLASSES, train_and_eval
+from syncbn.trainer.data.sets.sources import SOURCES, refuse_missing
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
 from tests.trainer.images import write_image
@@ -235,7 +235,7 @@ def test_a_mask_of_another_kind_ends_the_run_with_its_file(tmp_path, case, skip_
 
 
 def test_what_no_head_shows_is_refused_when_its_turn_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr("syncbn.trainer.data.masks.HEADS", 1)
+    monkeypatch.setattr("syncbn.trainer.data.sets.masks.HEADS", 1)
     for case in "RGB", "another size":
         spoil, said, _ = FILES[case]
         spoil(mask_folder(tmp_path))

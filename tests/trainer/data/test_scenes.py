@@ -4,8 +4,8 @@ import torch
 
 from syncbn.trainer import data
 from syncbn.trainer.data import AugmentConfig, DataConfig
-from syncbn.trainer.data.scenes import LARGEST, SMALLEST, Scenes
-from syncbn.trainer.data.sources import digit_scenes, digits
+from syncbn.trainer.data.sets.scenes import LARGEST, SMALLEST, Scenes
+from syncbn.trainer.data.sets.sources import digit_scenes, digits
 from syncbn.trainer.world import World
 
 CPU = torch.device("cpu")

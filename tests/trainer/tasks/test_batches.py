@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from syncbn.trainer.config import typed
-from syncbn.trainer.data import sources
+from syncbn.trainer.data.sets import sources
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.rank.assemble import assemble
 from syncbn.trainer.rank.batch_size import stepper

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from syncbn.trainer.data import folders, masks, pixels
-from syncbn.trainer.data.images import Fake, Images, InMemory, Torchvision
-from syncbn.trainer.data.masks import Masks
-from syncbn.trainer.data.scenes import Scenes
+from syncbn.trainer.data.sets import folders, masks, pixels
+from syncbn.trainer.data.sets.images import Fake, Images, InMemory, Torchvision
+from syncbn.trainer.data.sets.masks import Masks
+from syncbn.trainer.data.sets.scenes import Scenes
 from syncbn.trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def digits(config: "DataConfig") -> tuple[Images, Images]:
     """The UCI optical digits of digits.md, pixels 0..16 stretched to 0..255."""
-    text = gzip.decompress((resources.files("syncbn.trainer.data") / "digits.csv.gz").read_bytes()).decode()
+    text = gzip.decompress((resources.files("syncbn.trainer.data.sets") / "digits.csv.gz").read_bytes()).decode()
     table = torch.tensor([[int(v) for v in line.split(",")] for line in text.splitlines()])
     images = (table[:, :-1] * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
     for_eval = torch.arange(len(table)) % 5 == 0

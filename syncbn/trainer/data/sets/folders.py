@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from syncbn.trainer.data import pixels
+from syncbn.trainer.data.sets import pixels
 from syncbn.trainer.errors import UserError, some
 
 # What Pillow reads, and people call their images

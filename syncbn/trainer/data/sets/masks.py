@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from syncbn.trainer.data import folders, pixels
-from syncbn.trainer.data.images import Images, Spread
-from syncbn.trainer.data.pixels import Unreadable
+from syncbn.trainer.data.sets import folders, pixels
+from syncbn.trainer.data.sets.images import Images, Spread
+from syncbn.trainer.data.sets.pixels import Unreadable
 from syncbn.trainer.errors import UserError, some
 
 IGNORED = 255  # in a mask: counts for nothing, neither in the loss nor in a figure
