@@ -15,8 +15,9 @@ from syncbn.trainer.data.samples import Samples
 from syncbn.trainer.data.sets.images import Images, Spread, fingerprint
 from syncbn.trainer.data.sets.masks import IGNORED as IGNORED
 from syncbn.trainer.data.sets.masks import class_pixels as class_pixels
-from syncbn.trainer.data.sets.sources import SOURCES, refuse_missing
 from syncbn.trainer.data.sets.sources import TARGETS as TARGETS
+from syncbn.trainer.data.sets.sources import refuse_missing as refuse_missing
+from syncbn.trainer.data.sets.sources import source_of
 from syncbn.trainer.data.workers import HeedRankAlone
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.world import World
@@ -121,8 +122,9 @@ def _loader(samples: Samples, sampler: Iterable[list[Key]], workers: int, device
 
 def _images(config: DataConfig, targets: str) -> tuple[Images, Images]:
     """Those to train on, and those for evaluation."""
-    refuse_missing(config, targets)
-    train, test = SOURCES[config.name](config)
+    source = source_of(config, targets)
+    source.refuse(config)
+    train, test = source.build(config)
     if config.train_images > len(train):
         raise UserError(f"data.train_images={config.train_images}: there are {len(train)} training images")
     return Spread(train, config.train_images) if config.train_images else train, test

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from syncbn.trainer.data.sets.masks import IGNORED
-from syncbn.trainer.data.sets.sources import SOURCES
+from syncbn.trainer.data.sets.sources import NAMES
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 
@@ -60,8 +60,8 @@ class DataConfig:
     fake_classes: int = option(10, "data=fake: classes")
 
     def __post_init__(self) -> None:
-        if self.name not in SOURCES:
-            raise UserError(f"data.name={self.name}: choose one of {', '.join(SOURCES)}")
+        if self.name not in NAMES:
+            raise UserError(f"data.name={self.name}: choose one of {', '.join(NAMES)}")
         if self.batch_per_rank != AUTO and (not isinstance(self.batch_per_rank, int) or self.batch_per_rank < 1):
             raise UserError(f"data.batch_per_rank={self.batch_per_rank}: give 1 or more, or auto")
         for name in "eval_batch_per_rank", "scenes", "fake_samples", "fake_classes":

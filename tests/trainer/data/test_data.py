@@ -170,7 +170,7 @@ def test_images_arrive_normalised_and_in_colour():
 
 
 def test_digits_are_the_uci_scans_split_for_good():
-    train, test = SOURCES["digits"](DataConfig())
+    train, test = SOURCES["classes"]["digits"].build(DataConfig())
     assert (len(train), len(test), len(train.classes)) == (1437, 360, 10)
     counts = Counter(label for part in (train, test) for _, label in (part[i] for i in range(len(part))))
     assert [counts[d] for d in range(10)] == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # UCI's class sizes
@@ -181,7 +181,7 @@ def test_digits_are_the_uci_scans_split_for_good():
 
 def test_an_image_folder_takes_its_classes_from_train(tmp_path):
     root = image_folder(tmp_path, {"ant": 3, "bee": 2, "cat": 2}, {"bee": 2, "cat": 1})
-    train, test = SOURCES["image_folder"](DataConfig(root=str(root)))
+    train, test = SOURCES["classes"]["image_folder"].build(DataConfig(root=str(root)))
     assert train.classes == ["ant", "bee", "cat"]
     assert [test[i][1] for i in range(len(test))] == [1, 1, 2]
     assert train[0][0].dtype == torch.uint8
@@ -228,7 +228,7 @@ BAD_FOLDERS = {
 def test_a_bad_folder_is_told_in_one_line(tmp_path, make, said):
     make(tmp_path)
     with pytest.raises(UserError) as raised:
-        SOURCES["image_folder"](DataConfig(root=str(tmp_path)))
+        SOURCES["classes"]["image_folder"].build(DataConfig(root=str(tmp_path)))
     assert said in str(raised.value)
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -270,7 +270,7 @@ def test_cached_images_are_the_same_images(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "imagenet"])
 def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
     with pytest.raises(UserError, match=rf"data.root={tmp_path} holds no .*data"):
-        SOURCES[name](DataConfig(name=name, root=str(tmp_path)))
+        SOURCES["classes"][name].build(DataConfig(name=name, root=str(tmp_path)))
 
 
 def test_fashion_mnist_is_read_from_its_files(tmp_path):

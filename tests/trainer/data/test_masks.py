@@ -21,6 +21,7 @@ from syncbn.trainer.world import World
 from tests.trainer.images import write_image
 
 CPU = torch.device("cpu")
+WITH_MASKS = SOURCES["masks"]
 CLASSES = ("sky", "road", "tree", "void")
 SIDE = 8
 CAMVID = Path(__file__).parents[4] / "shared" / "data" / "camvid-small.tar.xz"
@@ -63,7 +64,7 @@ def samples_of(built: data.Data) -> list:
 
 
 def test_a_folder_is_read_by_name_and_what_is_ignored_is_no_class(tmp_path):
-    train, test = SOURCES["mask_folder"](config_of(mask_folder(tmp_path)))
+    train, test = WITH_MASKS["mask_folder"].build(config_of(mask_folder(tmp_path)))
     assert (len(train), len(test), [*train.classes]) == (4, 4, ["sky", "road", "tree"])
     assert train.notes == ["void (3) is data.ignore_index, and no class"]
     for i in range(4):
@@ -75,7 +76,7 @@ def test_a_folder_is_read_by_name_and_what_is_ignored_is_no_class(tmp_path):
 
 
 def test_classes_behind_the_ignored_number_close_up(tmp_path):
-    train, _ = SOURCES["mask_folder"](config_of(mask_folder(tmp_path), ignore_index=1))
+    train, _ = WITH_MASKS["mask_folder"].build(config_of(mask_folder(tmp_path), ignore_index=1))
     assert [*train.classes] == ["sky", "tree", "void"]
     table = torch.tensor([0, 255, 1, 2], dtype=torch.uint8)
     assert torch.equal(train[0][1], table[torch.from_numpy(numbers_of(0)).long()])
@@ -332,7 +333,7 @@ def cityscapes(root: Path) -> Path:
 
 def test_voc_has_its_classes_and_its_borders_count_for_nothing(tmp_path):
     voc(tmp_path)
-    train, val = SOURCES["voc_segmentation"](config_of(tmp_path, name="voc_segmentation", ignore_index=255))
+    train, val = WITH_MASKS["voc_segmentation"].build(config_of(tmp_path, name="voc_segmentation", ignore_index=255))
     assert (len(train), len(val), [*train.classes]) == (2, 1, [*VOC_CLASSES])
     image, mask = train[1]
     assert image.shape == (3, SIDE, SIDE)
@@ -342,10 +343,10 @@ def test_voc_has_its_classes_and_its_borders_count_for_nothing(tmp_path):
 
 def test_what_else_is_ignored_of_a_set_of_torchvision_is_no_class_of_it(tmp_path):
     voc(tmp_path)
-    train, _ = SOURCES["voc_segmentation"](config_of(tmp_path, name="voc_segmentation", ignore_index=0))
+    train, _ = WITH_MASKS["voc_segmentation"].build(config_of(tmp_path, name="voc_segmentation", ignore_index=0))
     assert [*train.classes] == [*VOC_CLASSES[1:]]
     assert {*train[0][1].unique().tolist()} <= {0, 1, 2, 255}
-    train, _ = SOURCES["cityscapes"](config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=7))
+    train, _ = WITH_MASKS["cityscapes"].build(config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=7))
     assert [*train.classes][:2] == ["sidewalk", "building"]
     assert train[0][1].flatten()[6:12].tolist() == [255, 255, 0, 255, 255, 1]
 
@@ -358,12 +359,12 @@ def test_voc_is_fetched_once(tmp_path, monkeypatch):
     root = tmp_path / "data"
     config = config_of(root, name="voc_segmentation", ignore_index=255, download=True)
     for _ in range(2):
-        train, val = SOURCES["voc_segmentation"](config)
+        train, val = WITH_MASKS["voc_segmentation"].build(config)
         assert (len(train), len(val), len(fetched)) == (2, 1, 1)
 
 
 def test_ids_of_cityscapes_become_those_of_training(tmp_path):
-    train, val = SOURCES["cityscapes"](config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=255))
+    train, val = WITH_MASKS["cityscapes"].build(config_of(cityscapes(tmp_path), name="cityscapes", ignore_index=255))
     assert (len(train), len(val), len(train.classes)) == (2, 1, 19)
     assert [*train.classes][:3] == ["road", "sidewalk", "building"]
     assert "/bonn/" in train.where(0), "in order, whatever that of the disk is"

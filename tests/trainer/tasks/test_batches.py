@@ -83,6 +83,6 @@ def test_data_without_the_targets_of_a_task_is_refused_before_any_rank_starts(tm
     code, said = finished(PYTHON, f"task.name={__name__}:OfDepths", "run.name=r", root=tmp_path)
     assert code == 2
     assert "has targets='depths': choose one of classes" in said
-    monkeypatch.setitem(sources.TARGETS, "depths", ("image_folder",))
+    monkeypatch.setitem(sources.SOURCES, "depths", {"image_folder": sources.SOURCES["classes"]["image_folder"]})
     with pytest.raises(UserError, match=r"data.name=digits has no depths, .*: choose one of image_folder"):
         sources.refuse_missing(typed({}).data, OfDepths.targets)

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -78,8 +78,7 @@ class Folder:
 
     def fingerprint_parts(self) -> Iterator[bytes]:
         yield torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy().astype("<i8").tobytes()
-        names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.samples)
-        yield names.replace(os.sep, "/").encode(errors="surrogateescape")
+        yield relative_names([path for path, _ in self.samples], self.root)
 
 
 def train_and_eval(root: Path) -> tuple[Folder, Folder]:
@@ -147,10 +146,33 @@ def files_below(
                 left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
 
 
+def relative_names(files: Iterable[str], root: str | Path) -> bytes:
+    """The files as they are named from root, a line each: the same wherever root lies."""
+    names = "\n".join(os.path.relpath(path, root) for path in files)
+    return names.replace(os.sep, "/").encode(errors="surrogateescape")
+
+
 def note_of(folder: Path, left_out: Counter[str], kind: str) -> list[str]:
     """A line on the files that were left out, if there are any; kind: what they are not."""
     kinds = ", ".join(f"{number} × {ending}" for ending, number in left_out.most_common(5))
     return [f"left out of {folder}: {left_out.total()} files that are no {kind} ({kinds})"] if kinds else []
+
+
+def read_classes(path: Path, least: int, most: int) -> list[str]:
+    """The names of classes, a line each, of which there are from least to most."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(
+            f"{path} cannot be read ({why}): write the name of a class in each line, that of 0 first"
+        ) from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not least <= len(names) <= most:
+        raise UserError(f"{path} names {len(names)} classes: give {least} to {most}, a line each")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{path} names {some(twice, 3)} twice: give each class a name of its own")
+    return names
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:

@@ -12,7 +12,9 @@ from torch import Tensor
 class Images(Protocol):
     """Labelled images: classes by name; [i] is (uint8 [1 or 3, H, W], target); where(i) names image i in a message.
 
-    A target is a class, or a mask of classes, uint8 [H, W], in which 255 counts for nothing.
+    A target is a class; or a mask of classes, uint8 [H, W], in which 255 counts for nothing; or what boxes.with_boxes
+    makes, with instances also masks, uint8 [n, H, W]: label k of an object is then classes[k - 1], and images have
+    size(i), (width, height) without decoding image i.
 
     fingerprint_parts() tell them from others of the same number and classes, without reading any: labels, file names.
     notes: what of the data set is not among them, for its user to know.
@@ -114,6 +116,10 @@ class Spread:
         index = self.kept[index]
         alone = getattr(self.images, "mask", None)
         return alone(index) if alone else self.images[index][1]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Of images with boxes: width and height."""
+        return self.images.size(self.kept[index])  # pyright: ignore[reportAttributeAccessIssue]
 
     def where(self, index: int) -> str:
         return self.images.where(self.kept[index])

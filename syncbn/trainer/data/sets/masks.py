@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn.trainer.data.sets import folders, pixels
+from syncbn.trainer.data.sets.folders import read_classes
 from syncbn.trainer.data.sets.images import Images, Spread
 from syncbn.trainer.data.sets.pixels import Unreadable
 from syncbn.trainer.errors import UserError, some
@@ -122,8 +123,7 @@ class Masks:
         return self.files[index][0]
 
     def fingerprint_parts(self) -> Iterator[bytes]:
-        names = "\n".join(os.path.relpath(path, self.root) for path, _ in self.files)
-        yield names.replace(os.sep, "/").encode(errors="surrogateescape")
+        yield folders.relative_names([path for path, _ in self.files], self.root)
 
     def _refuse_sizes(self, index: int, image: tuple[int, int], mask: tuple[int, int]) -> None:
         if image != mask:
@@ -169,7 +169,7 @@ def train_and_eval(root: Path, ignore_index: int) -> tuple[Masks, Masks]:
     """
     if not (root / "train").is_dir():
         raise UserError(f"data.root={root} has no folder 'train': {LAYOUT}")
-    names = read_classes(root / "classes.txt")
+    names = dict(enumerate(read_classes(root / "classes.txt", 2, IGNORED)))
 
     def read(part: Path) -> Masks:
         files, notes = pairs(part)
@@ -181,23 +181,6 @@ def train_and_eval(root: Path, ignore_index: int) -> tuple[Masks, Masks]:
             f"{root / 'classes.txt'} has one class, {some(train.classes, 1)}: there is nothing to tell it from"
         )
     return train, folders.for_evaluation(root, read, LAYOUT)
-
-
-def read_classes(path: Path) -> dict[int, str]:
-    """The names of classes, a line each, by their number."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(
-            f"{path} cannot be read ({why}): write the name of a class in each line, that of 0 first"
-        ) from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not 1 < len(names) <= IGNORED:
-        raise UserError(f"{path} names {len(names)} classes: give 2 to {IGNORED}, a line each")
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise UserError(f"{path} names {some(twice, 3)} twice: give each class a name of its own")
-    return dict(enumerate(names))
 
 
 def pairs(part: Path) -> tuple[list[tuple[str, str]], list[str]]:

@@ -1,13 +1,14 @@
-"""Scenes with real handwritten digits in them: any number, each drawn from its number alone, with masks."""
+"""Scenes with real handwritten digits in them: any number, each drawn from its number alone, with masks and boxes."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from syncbn.trainer.data.sampler import seed_of
+from syncbn.trainer.data.sets.boxes import with_boxes
 
 SMALLEST, LARGEST = 64, 96  # sides of a canvas, in pixels
 DIGITS = (5, 9)  # of a scene, from and to
@@ -20,13 +21,15 @@ class Scene(NamedTuple):
     """A canvas with digits on it.
 
     image: uint8 [3, H, W]. mask: uint8 [H, W], of classes. boxes: int64 [n, 4], left, top, right and bottom of each
-    digit, the latter two behind its last pixel. labels: int64 [n], the classes of the digits.
+    digit, the latter two behind its last pixel. labels: int64 [n], the classes of the digits. masks: uint8 [n, H, W],
+    1 where the digit is.
     """
 
     image: Tensor
     mask: Tensor
     boxes: Tensor
     labels: Tensor
+    masks: Tensor
 
 
 class Scenes:
@@ -50,17 +53,16 @@ class Scenes:
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         scene = self.scene(index)
         return scene.image, scene.mask
 
     def scene(self, index: int) -> Scene:
         """All of scene index, the boxes of its digits too."""
-        draw = torch.Generator().manual_seed(seed_of(self.seed, index))
-        height, width = torch.randint(SMALLEST, LARGEST + 1, (2,), generator=draw).tolist()
+        draw, (width, height) = self._begun(index)
         canvas = texture(height, width, draw)
         mask = torch.zeros(height, width, dtype=torch.uint8)
-        boxes, labels = [], []
+        boxes, labels, masks = [], [], []
         digits = int(torch.randint(DIGITS[0], DIGITS[1] + 1, (), generator=draw))
         for scan in torch.randint(len(self.scans), (digits,), generator=draw).tolist():
             side = int(torch.randint(SIDES[0], SIDES[1] + 1, (), generator=draw))
@@ -73,14 +75,40 @@ class Scenes:
             mask[place[1:]][ink[0] > INK] = 1 + self.labels[scan]
             boxes.append(box_around(ink[0] > INK, place))
             labels.append(1 + self.labels[scan])
+            masks.append(torch.zeros_like(mask))
+            masks[-1][place[1:]][ink[0] > INK] = 1
         # At least one digit finds a place: the first
-        return Scene(canvas.mul(255).round().byte(), mask, torch.stack(boxes), torch.tensor(labels))
+        return Scene(canvas.mul(255).round().byte(), mask, torch.stack(boxes), torch.tensor(labels), torch.stack(masks))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of a scene, which is not drawn for that."""
+        return self._begun(index)[1]
+
+    def _begun(self, index: int) -> tuple[torch.Generator, tuple[int, int]]:
+        draw = torch.Generator().manual_seed(seed_of(self.seed, index))
+        height, width = torch.randint(SMALLEST, LARGEST + 1, (2,), generator=draw).tolist()
+        return draw, (width, height)
 
     def where(self, index: int) -> str:
         return f"scene {index}"
 
     def fingerprint_parts(self) -> Iterator[bytes]:
         yield repr((self.number, self.seed, [*self.labels])).encode()
+
+
+class BoxedScenes(Scenes):
+    """The same scenes with a box around each digit, and instances: its own mask too. The classes are the digits."""
+
+    classes: Sequence[str] = Scenes.classes[1:]
+
+    def __init__(self, scans: Tensor, labels: Sequence[int], number: int, seed: int, *, instances: bool = False):
+        super().__init__(scans, labels, number, seed)
+        self.instances = instances
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        scene = self.scene(index)
+        target = with_boxes(scene.boxes.float(), scene.labels)
+        return scene.image, target | {"masks": scene.masks} if self.instances else target
 
 
 def free_place(mask: Tensor, side: int, draw: torch.Generator) -> tuple[slice, slice, slice] | None:
