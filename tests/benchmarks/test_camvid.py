@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import runner
-from benchmarks.trainer import camvid
+from benchmarks.trainer import camvid, norms
 
 
 def mask_folder(root, images):
@@ -26,8 +26,8 @@ def mask_folder(root, images):
 @pytest.mark.slow
 def test_each_norm_is_trained_and_told_by_its_own_figures(tmp_path, monkeypatch, capfd):
     data = mask_folder(tmp_path / "data", {"train": 8, "val": 3})
-    monkeypatch.setattr(camvid, "NORMS", ("sync", "group"))
-    monkeypatch.setattr(camvid, "SEEDS", (0, 1))
+    monkeypatch.setattr(norms, "NORMS", ("sync", "group"))
+    monkeypatch.setattr(norms, "SEEDS", (0, 1))
     plot = tmp_path / "plot.svg"
     words = ["launch.nproc=2", "model.name=unet", "data.size=64", "train.epochs=2", "wandb.mode=disabled"]
 
@@ -37,7 +37,7 @@ def test_each_norm_is_trained_and_told_by_its_own_figures(tmp_path, monkeypatch,
     assert "4 points: seed × norm" in said
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
     by_norm = {row[0]: row[1:] for row in rows[:4]}
-    assert by_norm["norm"] == [*camvid.FIGURES]
+    assert by_norm["norm"] == [*camvid.STUDY.figures]
     assert all("±" in cell for cell in by_norm["sync"]), said
     assert by_norm["group"][3] == "–", "it has no batch"
     assert rows[4] == ["norm", "wall", "sky"]
