@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from syncbn.trainer.errors import UserError, first_line, some
 from syncbn.trainer.models import smp, weights
 from syncbn.trainer.models.residual import SmallResNet
+from syncbn.trainer.models.ssd import small_ssd
 from syncbn.trainer.models.unet import UNet
 from syncbn.trainer.option import option
 
@@ -40,6 +41,7 @@ class ModelConfig:
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "unet": UNet,
+    "small_ssd": small_ssd,
 }
 
 
