@@ -12,6 +12,7 @@ from syncbn.trainer.config import Config, as_dict
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import PNG, Matrix, Pictures, write_pictures
 from syncbn.trainer.tasks import Picture
+from syncbn.trainer.tasks.coco import Precision, metrics_of, precision_recall
 
 SHARDS = {
     "text": "shards differ (ICC 0.21 at layer2.0.bn1, rank 3)",
@@ -159,4 +160,28 @@ def make_segmentation(path, classes, absent=(), size=(64, 64)):
     picture = PNG(Picture(image).png(), "90% of the pixels right", ("image", "truth", "prediction"))
     legend = {name: f"#{0x10101 * (i % 256):06x}" for i, name in enumerate(classes)}
     write_pictures(path / "pictures", Pictures(600, 8 * [picture], [confusion], legend))
+    return path
+
+
+def make_detection(path, pictures, classes, legend):
+    """A run's folder that has an AP for each class, pictures with boxes, and curves of precision."""
+    make_run(path)
+
+    def by_class(line):
+        figures = json.loads(line)
+        kept = {key: value for key, value in figures.items() if "accuracy" not in key}
+        if "eval/loss" in figures:
+            kept |= {"eval/ap": 0.5} | {f"eval/ap_{name}": i / len(classes) for i, name in enumerate(classes)}
+        return json.dumps(kept)
+
+    rewrite(path / "metrics.jsonl", lambda text: "\n".join(map(by_class, text.splitlines())))
+    rewrite(path / "result.json", lambda text: text.replace("eval/accuracy", "eval/ap"))
+    (path / "metric_names.json").write_text(json.dumps([asdict(metric) for metric in metrics_of(classes)]))
+    draw = random.Random(0)
+    reached = {name: (0.3 + 6 * draw.random(), draw.randint(40, 100)) for name in classes}
+    curves = {
+        name: [(x / 100, max(0.0, 1 - (x / 100) ** power) if x <= end else 0.0) for x in range(101)]
+        for name, (power, end) in reached.items()
+    }
+    write_pictures(path / "pictures", Pictures(600, pictures, precision_recall(Precision({}, curves)), legend))
     return path

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from syncbn.trainer.display.wandb_run import Tracker, WandbConfig
-from syncbn.trainer.runs.pictures import PNG, Pictures
+from syncbn.trainer.runs.pictures import PNG, Box, Pictures
 from syncbn.trainer.tasks import Picture
 
 STEPS = 40
@@ -68,7 +68,9 @@ def main(folder, config, what, run_id, *_):
         if step == 2:
             timed(tracker.alert, "title", "told")
         if step in PICTURED:
-            pictures = Pictures(step, [PNG(png(step), f"after {step}", ("a", "b")), PNG(png(step, side=2), "")])
+            boxes = {"truth": [], "prediction": [Box(0.4, 0.0, 1.9, 3.0, "cat", 0.5), Box(0.0, 0.0, 1.0, 1.0, "ant")]}
+            pngs = [PNG(png(step), f"after {step}", ("a", "b")), PNG(png(step, side=2), "", (), boxes)]
+            pictures = Pictures(step, pngs, [], {"dog": "#000000"})
             timed(tracker.show, pictures, {"eval/chart": partial(Image.new, "RGB", (2, 2), (step,) * 3)})
         time.sleep(0.02)
     if what == "SIGSTOP":  # noticed in mid-run, before it is finished

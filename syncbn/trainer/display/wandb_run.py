@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from io import BytesIO
 from pathlib import Path
 from queue import Full, Queue
 from shlex import quote
 from typing import Any
 
+from syncbn.trainer.display.wandb_pictures import images_of
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 from syncbn.trainer.runs.metric import Metric
-from syncbn.trainer.runs.pictures import PNG, Pictures
+from syncbn.trainer.runs.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -333,22 +333,8 @@ def _show(pictures: Pictures, drawings: Mapping[str, Callable[[], Any]], run: An
 
     logged: dict[str, Any] = {name: wandb.Image(draw()) for name, draw in drawings.items()}
     if pictures.each:
-        captions = [": ".join(filter(None, [" · ".join(png.panels), png.caption])) for png in pictures.each]
-        images = zip(_of_one_size(pictures.each), captions, strict=True)
-        logged["eval/pictures"] = [wandb.Image(image, caption=caption) for image, caption in images]
+        logged["eval/pictures"] = images_of(pictures)
     run.log({"step": pictures.step, **logged}, step=pictures.step)
-
-
-def _of_one_size(pngs: Sequence[PNG]) -> list[Any]:
-    """The pictures on white as large as the largest: W&B wants all that stand together to be of one size."""
-    from PIL import Image
-
-    images = [Image.open(BytesIO(png.data)) for png in pngs]
-    size = max(image.width for image in images), max(image.height for image in images)
-    canvases = [Image.new("RGB", size, "white") for _ in images]
-    for canvas, image in zip(canvases, images, strict=True):
-        canvas.paste(image)
-    return canvases
 
 
 def _keep(pictures: dict[str, Any], tables: dict[str, Table], summary: dict[str, Any], run: Any) -> None:

@@ -17,12 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from syncbn.trainer.errors import UserError
-from syncbn.trainer.report import charts, comparison, plots
+from syncbn.trainer.report import boxes, charts, comparison, plots
 from syncbn.trainer.report.sweep_plot import drawn_along
 from syncbn.trainer.report.tables import by_part, duration, facts, setting, worst_layers
 from syncbn.trainer.runs import sweep_folder
 from syncbn.trainer.runs.drift_figures import DRIFT_FIGURES, LIKENESS, OFFSETS, HeatMap
-from syncbn.trainer.runs.pictures import Chart
+from syncbn.trainer.runs.pictures import Chart, Pictures
 from syncbn.trainer.runs.reader import Grid, Run, Verdict, differing, read_runs
 
 NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "images_per_s")  # has no learning curve
@@ -30,6 +30,7 @@ NOT_LEARNT = ("lr", "step_ms", "data_wait_share", "skipped_images", "images", "i
 
 SMALLEST_PX, LARGEST_PX = 120, 380  # widths that a picture has on the page, at least
 LARGEST_PANEL_PX = 190  # where it is one of several in a picture
+SMALLEST_BOXED_PX, LARGEST_BOXED_PX = 170, 290  # where boxes are drawn over it
 MOST_OPEN = 60  # rows of a table of parts; one of more is to be opened
 
 
@@ -218,8 +219,12 @@ def _pictures(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any
         if not (shown.each or shown.charts):
             continue
         width = max((picture.width // max(1, len(picture.panels)) for picture in shown.each), default=0)  # of a panel
-        panels = max((len(picture.panels) for picture in shown.each), default=0)
-        largest = LARGEST_PANEL_PX if panels > 1 else LARGEST_PX
+        panels = max((len(picture.panels or picture.boxes) for picture in shown.each), default=0)
+        smallest, largest = SMALLEST_PX, LARGEST_PANEL_PX if panels > 1 else LARGEST_PX
+        if any(picture.boxes for picture in shown.each):
+            smallest, largest = SMALLEST_BOXED_PX, LARGEST_BOXED_PX
+        panel = min(max(width, smallest), largest)
+        named = boxes.named(shown)
         yield {
             "run": _shown(run, i),
             "step": f"step {shown.step:,}",
@@ -228,14 +233,23 @@ def _pictures(runs: Sequence[Run], ids: Iterator[str]) -> Iterator[dict[str, Any
                     "source": f"data:image/png;base64,{b64encode(p.data).decode()}",
                     "caption": p.caption,
                     "panels": p.panels,
+                    "boxed": boxes.panels(p, shown.legend, panel, named=named),
+                    "id": next(ids),
+                    "size": (p.width, p.height),
                 }
                 for p in shown.each
             ],
-            "width": min(max(width, SMALLEST_PX), largest) * max(1, panels),
+            "panel": panel,
+            "width": panel * max(1, panels),
             "small": width < SMALLEST_PX,
+            "unsure": f"{boxes.SUREST_FROM:.0%}" if _scored(shown) else "",
             "legend": shown.legend,
             "charts": [_chart(chart, ids) for chart in shown.charts],
         }
+
+
+def _scored(pictures: Pictures) -> bool:
+    return any(box.score is not None for png in pictures.each for each in png.boxes.values() for box in each)
 
 
 def _chart(chart: Chart, ids: Iterator[str]) -> dict[str, Any]:

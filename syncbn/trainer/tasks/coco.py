@@ -93,9 +93,7 @@ def precision_recall(precision: Precision) -> list[Curves]:
     if not precision.curves:
         return []
     lines = {name: [(x, round(y, 4)) for x, y in points] for name, points in precision.curves.items()}
-    caption = (
-        "Of the surest predictions that find so much of a class (recall), the share that is right, at an IoU of 0.5."
-    )
+    caption = "The precision of each class along its recall, at an IoU of 0.5."
     return [Curves("precision and recall", lines, "recall", "precision", "%", caption)]
 
 

@@ -73,6 +73,38 @@ class Tracked:
         return self.slowest_s < BLOCKED_S and self.finish_s < self.timeout_s + BLOCKED_S and self.exit_s < EXIT_S
 
 
+# Of tests.trainer.tracked, in whole pixels of the picture, whatever the canvas that it lies on
+LABELS = {"0": "dog", "1": "ant", "2": "cat"}
+BOXES = [
+    {
+        "position": {"minX": 0, "maxX": 2, "minY": 0, "maxY": 2},
+        "domain": "pixel",
+        "class_id": 2,
+        "box_caption": "cat 50%",
+        "scores": {"score": 0.5},
+    },
+    {
+        "position": {"minX": 0, "maxX": 1, "minY": 0, "maxY": 1},
+        "domain": "pixel",
+        "class_id": 1,
+        "box_caption": "ant",
+    },
+]
+
+
+def boxes_of(files, line):
+    """Of each picture of a line of the history, the boxes and the class names by what they are."""
+    contents = [
+        each and {name: files / "files" / file["path"] for name, file in each.items()}
+        for each in (line["eval/pictures.all_boxes"])
+    ]
+    read_files = [each and {name: json.loads(path.read_text()) for name, path in each.items()} for each in contents]
+    return [
+        each and {name: (found["box_data"], found["class_labels"]) for name, found in each.items()}
+        for each in read_files
+    ]
+
+
 def is_whole(files):
     """Every figure of every step, the table and the summary: nothing that was put onto the queue is missing."""
     records = read(files)
@@ -84,6 +116,7 @@ def is_whole(files):
     assert (last["step"], last["eval/pictures.captions"]) == (PICTURED[-1], [f"a · b: after {PICTURED[-1]}", ""])
     pictures = [Image.open(files / "files" / name) for name in last["eval/pictures.filenames"]]
     assert [picture.size for picture in pictures] == [(4, 4), (4, 4)]
+    assert boxes_of(files, last) == [None, {"truth": ([], LABELS), "prediction": (BOXES, LABELS)}]
     chart = Image.open(files / "files" / last["eval/chart.path"])
     assert {picture.getpixel((0, 0)) for picture in [*pictures, chart]} == {(PICTURED[-1],) * 3}
     return '"table"' in text and "verdict" in text and any(r["type"] == "exit" for r in records)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from syncbn.trainer.report.page import main, runs_page
-from syncbn.trainer.runs.pictures import PNG, Pictures, write_pictures
+from syncbn.trainer.runs.pictures import PNG, Box, Pictures, write_pictures
 from syncbn.trainer.runs.reader import read_runs
 from syncbn.trainer.tasks import Picture
-from tests.trainer.made_runs import DEAD, SHARDS, make_run, make_segmentation, rewrite
+from tests.trainer.made_runs import DEAD, SHARDS, make_detection, make_run, make_segmentation, rewrite
 
 
 def page(*folders):
@@ -52,6 +52,7 @@ AWKWARD = {
 }
 
 
+COLOURS = {"<cat>": "#112233", "dog": "#ffee00"}
 LARGE = ("53 layers", "160 layers, 300 ranks")
 
 
@@ -285,6 +286,65 @@ def test_pictures_have_their_panels_named_a_legend_and_charts(tmp_path):
     ]
     assert "Of each class&#39;s pixels." in html
     assert {*re.findall(r">([^<>]*)</text>", html)} >= {"confusion, %", "prediction", "truth", "&lt;road&gt;"}
+
+
+def boxed(tmp_path, size=(64, 64), legend=COLOURS, **boxes):
+    """The page of a run with a picture that has these boxes."""
+    png = Picture(torch.zeros(3, *size, dtype=torch.uint8)).png()
+    picture = PNG(png, "2 of 3 found", (), boxes)
+    return page(make_detection(tmp_path / "a", [picture, picture], [*COLOURS], legend)), b64encode(png).decode()
+
+
+def outlines(html):
+    """Style, title and label of each box on a page."""
+    return re.findall(r'<i style="(left[^"]*)" title="([^"]*)">(?:<b[^>]*>([^<]*)</b>)?</i>', html)
+
+
+def test_boxes_are_drawn_over_one_picture_in_a_panel_for_each_name(tmp_path):
+    cat, dog = Box(16, 32, 48, 64, "<cat>"), Box(0.5, 0, 64, 40, "dog", 0.97)
+    html, data = boxed(tmp_path, truth=[cat], prediction=[dog, Box(9, 9, 64, 64, "dog", 0.49)])
+    assert Balanced(html).open == []
+    assert "truth &lt;cat&gt; prediction: 1 of 2 dog 97% 2 of 3 found" in text_of(html).replace("<cat>", "&lt;cat&gt;")
+    assert html.count(data) == 2  # once for each of the two pictures
+    assert re.findall('<image id="(.*?)"', html) == re.findall('<use href="#(.*?)"', html)
+    assert len({*re.findall('<image id="(.*?)"', html)}) == 2
+    (truth, *_), (guess, *_) = outlines(html)[:2]
+    assert truth == "left: 25.00%; top: 50.00%; width: 50.00%; height: 50.00%; --colour: #112233; --ink: #ffffff"
+    assert guess == "left: 0.78%; top: 0.00%; width: 99.22%; height: 62.50%; --colour: #ffee00; --ink: #16191c"
+    assert [title for _, title, _ in outlines(html)] == 2 * ["&lt;cat&gt;", "dog 97%"]
+    assert "Boxes with a score below 50% are not drawn." in html
+    assert "are not drawn" not in boxed(tmp_path / "b", truth=[cat])[0]
+
+
+def test_labels_are_written_where_there_is_room(tmp_path):
+    # 640 pixels across are shown in 290, and a label is 16 high: above the first of equal boxes, in the second
+    large = Box(100, 100, 400, 400, "dog", 0.9)
+    narrow, tiny = Box(450, 100, 499, 400, "dog", 0.6), Box(500, 420, 530, 430, "dog", 0.6)
+    boxes = [large, large._replace(score=0.8), large._replace(score=0.7), narrow, tiny, Box(0, 0, 70, 99, "dog", 0.5)]
+    html, _ = boxed(tmp_path, (480, 640), prediction=boxes)
+    assert sorted(label for *_, label in outlines(html)[:6]) == ["", "dog", "dog 60%", "dog 60%", "dog 80%", "dog 90%"]
+    assert html.count('<b class="above">') == 2 * 3
+    crowd = [Box(100 + i, 0, 200 + i, 30, "dog", 0.9) for i in range(20)]
+    assert [label for *_, label in outlines(boxed(tmp_path / "b", (480, 640), prediction=crowd)[0])].count("") >= 38
+
+
+@pytest.mark.parametrize(("boxes", "colours", "label"), [(12, 3, "dog 90%"), (13, 3, "90%"), (13, 9, "dog 90%")])
+def test_where_boxes_are_many_and_colours_few_the_legend_names_them(tmp_path, boxes, colours, label):
+    legend = COLOURS | {f"class {i}": "#0000ff" for i in range(colours - 2)}
+    row = [Box(0, 60 * i, 300, 60 * i + 50, "dog", 0.9) for i in range(boxes)]
+    html, _ = boxed(tmp_path, (800, 600), legend, prediction=row, truth=[row[0]._replace(score=None)])
+    assert {label for *_, label in outlines(html)} == {label, "dog" if "dog" in label else ""}
+
+
+@pytest.mark.parametrize(
+    ("size", "panel", "small"), [((64, 64), 170, True), ((96, 200), 200, False), ((480, 640), 290, False)]
+)
+def test_pictures_with_boxes_are_as_wide_as_their_labels_need(tmp_path, size, panel, small):
+    html, _ = boxed(tmp_path, size, truth=[], prediction=[])
+    assert html.count(f'<div class="boxed" style="--panel: {panel}px">') == 2
+    assert f'<div class="pictures" style="--width: {2 * panel}px">' in html
+    assert html.count('class="small"') == (4 if small else 0)
+    assert outlines(html) == []
 
 
 def test_figures_of_classes_are_a_table_of_their_own(tmp_path):
