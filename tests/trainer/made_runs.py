@@ -171,7 +171,7 @@ def make_detection(path, pictures, classes, legend):
         figures = json.loads(line)
         kept = {key: value for key, value in figures.items() if "accuracy" not in key}
         if "eval/loss" in figures:
-            kept |= {"eval/ap": 0.5} | {f"eval/ap_{name}": i / len(classes) for i, name in enumerate(classes)}
+            kept |= {"eval/ap": 0.5} | {f"eval/class_ap_{name}": i / len(classes) for i, name in enumerate(classes)}
         return json.dumps(kept)
 
     rewrite(path / "metrics.jsonl", lambda text: "\n".join(map(by_class, text.splitlines())))

@@ -39,13 +39,7 @@ class Precision(NamedTuple):
 
 def metrics_of(classes: Sequence[str]) -> tuple[Metric, ...]:
     """The metrics of a detector, with one for each class."""
-    return (*METRICS, *(Metric(figure_of(name), "%", detail=name) for name in classes))
-
-
-def figure_of(name: str) -> str:
-    """The name of a class's figure: not ap_small for a class called small."""
-    figure = f"ap_{name}"
-    return figure if all(figure != metric.name for metric in METRICS) else f"ap_class_{name}"
+    return (*METRICS, *(Metric(f"class_ap_{name}", "%", detail=name) for name in classes))
 
 
 def average_precision(predictions: Sequence[Tensor], truth: Sequence[Tensor], classes: Sequence[str]) -> Precision:
@@ -78,7 +72,7 @@ def average_precision(predictions: Sequence[Tensor], truth: Sequence[Tensor], cl
         "ap75": _mean(whole[5]),
         **{f"ap_{AREAS[i]}": _mean(precision[..., i]) for i in (1, 2, 3)},
         "ar": _mean(recall[..., 0]),
-        **{figure_of(name): _mean(whole[..., i]) for i, name in enumerate(classes)},
+        **{f"class_ap_{name}": _mean(whole[..., i]) for i, name in enumerate(classes)},
     }
     recalls = [i / 100 for i in range(101)]
     at_half = zip(classes, whole[0].T.tolist(), strict=True)

@@ -12,7 +12,7 @@ from syncbn.trainer.errors import UserError
 from syncbn.trainer.norms.unseen import unseen
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Box, Curves
-from syncbn.trainer.tasks.coco import MOST_PREDICTIONS, Precision, average_precision, metrics_of, precision_recall
+from syncbn.trainer.tasks.coco import Precision, average_precision, metrics_of, precision_recall
 from syncbn.trainer.tasks.colours import colour_of, in_hex
 from syncbn.trainer.tasks.divisors import divisors
 from syncbn.trainer.tasks.task import Loss, Picture, Task
@@ -22,6 +22,7 @@ CONVENTION = (
     "its forward must take (images, targets) and return a dict of losses in training, and in eval a dict of boxes, "
     "scores and labels for each image, as torchvision.models.detection has it"
 )
+MOST_SHOWN = 100  # predictions that a picture keeps
 NOTHING = 32  # side of what a rank without an image shows its model
 
 
@@ -78,7 +79,7 @@ class Detect(Task):
             (predicted,) = self._predicted(model, [image])
             boxes = {
                 "truth": [self._box(row[:5]) for row in truth_rows(target).tolist()],
-                "prediction": [self._box([*row[:4], row[5]], score=row[4]) for row in predicted.tolist()],
+                "prediction": [self._box([*row[:4], row[5]], row[4]) for row in predicted[:MOST_SHOWN].tolist()],
             }
             pictures.append(Picture(shown, boxes=boxes))
         return pictures
@@ -127,7 +128,7 @@ class Detect(Task):
         refuse_other_predictions(outputs, len(images))
         rows = []
         for each in outputs:
-            best = each["scores"].argsort(descending=True, stable=True)[:MOST_PREDICTIONS]
+            best = each["scores"].argsort(descending=True, stable=True)
             columns = each["boxes"], each["scores"][:, None], each["labels"][:, None]
             rows.append(torch.cat([column[best].double() for column in columns], 1))
         return rows

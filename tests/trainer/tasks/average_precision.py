@@ -71,5 +71,5 @@ def average_precision(predictions, truth, classes):
     figures = {f"ap{size}": averaged(curves(size)) for size in SIZES}
     figures |= {"ap50": averaged(whole[0::10]), "ap75": averaged(whole[5::10])}
     figures |= {"ar": mean(recall for _, recall in whole) if whole else None}
-    figures |= {f"ap_{name}": averaged(curves("", [label])) for label, name in enumerate(classes, start=1)}
+    figures |= {f"class_ap_{name}": averaged(curves("", [label])) for label, name in enumerate(classes, start=1)}
     return {name: value for name, value in figures.items() if value is not None}

@@ -27,7 +27,7 @@ def test_the_very_boxes_are_a_precision_of_one():
         [predictions([*BOX, 0.9, 1], [*APART, 0.8, 2]), predictions()], [truth((BOX, 1), (APART, 2)), truth()], "ab"
     )
     # 40 × 40 is COCO's medium, 30 × 30 its small
-    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ar", "ap_a", "ap_b"]
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ar", "class_ap_a", "class_ap_b"]
     assert result.figures == pytest.approx(dict.fromkeys(names, 1.0))
     assert result.curves == {name: [(i / 100, 1.0) for i in range(101)] for name in "ab"}
 
@@ -40,7 +40,7 @@ def test_what_is_found_late_and_half_found_counts_as_the_definition_has_it():
     at_half = 51 / 101 / 2
     assert result.figures == pytest.approx(
         {"ap": 0.7 * at_half, "ap50": at_half, "ap75": at_half, "ap_medium": 0.7 * 51 / 101, "ar": 0.35}
-        | {"ap_a": 0.7 * at_half}
+        | {"class_ap_a": 0.7 * at_half}
     )
     assert [height for _, height in result.curves["a"]] == 51 * [0.5] + 50 * [0.0]
     (chart,) = precision_recall(result)
@@ -67,7 +67,7 @@ def test_areas_are_those_of_the_truth():
 
 def test_without_predictions_all_is_0_and_without_truth_there_is_no_more_than_that():
     figures = average_precision([predictions()], [truth((BOX, 1))], ["a", "absent"]).figures
-    assert figures == dict.fromkeys(["ap", "ap50", "ap75", "ap_medium", "ar", "ap_a"], 0.0)
+    assert figures == dict.fromkeys(["ap", "ap50", "ap75", "ap_medium", "ar", "class_ap_a"], 0.0)
     for objects in truth(), truth((BOX, 1), crowd=1):
         assert average_precision([predictions([*BOX, 0.9, 1])], [objects], "a") == ({"ap": 0.0}, {})
     assert average_precision([], [], "a") == ({"ap": 0.0}, {})
@@ -82,9 +82,9 @@ def test_what_is_not_finite_is_no_prediction():
 def test_a_class_called_small_has_a_figure_of_its_own():
     figures = average_precision([predictions()], [truth((BOX, 1))], ["small"]).figures
     assert "ap_small" not in figures
-    assert figures["ap_class_small"] == 0.0
+    assert figures["class_ap_small"] == 0.0
     names = [metric.name for metric in metrics_of(["small", "car"])]
-    assert names == ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar", "ap_class_small", "ap_car"]
+    assert names == ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar", "class_ap_small", "class_ap_car"]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -111,7 +111,7 @@ def test_it_is_the_definitions_on_random_boxes(seed):
     figures = average_precision(guesses, objects, classes).figures
     want = by_definition([each.tolist() for each in guesses], [each.tolist() for each in objects], classes)
     assert figures == pytest.approx(want, rel=0, abs=1e-12)
-    assert figures.keys() == {metric.name for metric in metrics_of(classes)} - {"ap_absent"}
+    assert figures.keys() == {metric.name for metric in metrics_of(classes)} - {"class_ap_absent"}
     assert 0.01 < figures["ap"] < figures["ap50"] < 0.99
 
 
