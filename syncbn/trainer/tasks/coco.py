@@ -93,8 +93,8 @@ def precision_recall(precision: Precision) -> list[Curves]:
 
 def _mean(values: "np.ndarray") -> float | None:
     """The mean of what there is truth of."""
-    known = values[values > -1]
-    return float(known.mean()) if known.size else None
+    judged = values[values > -1]
+    return float(judged.mean()) if judged.size else None
 
 
 def _as_coco(rows: Sequence[Tensor], classes: Sequence[str], annotation: Any) -> dict[str, Any]:
@@ -102,12 +102,12 @@ def _as_coco(rows: Sequence[Tensor], classes: Sequence[str], annotation: Any) ->
     numbers = torch.tensor([i for i, boxes in enumerate(rows, start=1) for _ in range(len(boxes))])
     boxes = torch.cat([*rows]) if len(rows) else torch.empty(0, 7)
     finite = boxes.isfinite().all(1)
-    known = zip(numbers[finite].tolist(), boxes[finite].tolist(), strict=True)
+    by_image = zip(numbers[finite].tolist(), boxes[finite].tolist(), strict=True)
     return {
         "images": [{"id": i} for i in range(1, len(rows) + 1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
         # From 1: an id of 0 would mean that nothing was matched
-        "annotations": [{"id": i, "image_id": image, **annotation(*box)} for i, (image, box) in enumerate(known, 1)],
+        "annotations": [{"id": i, "image_id": image, **annotation(*box)} for i, (image, box) in enumerate(by_image, 1)],
     }
 
 

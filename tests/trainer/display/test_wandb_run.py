@@ -94,15 +94,13 @@ BOXES = [
 
 def boxes_of(files, line):
     """Of each picture of a line of the history, the boxes and the class names by what they are."""
-    contents = [
-        each and {name: files / "files" / file["path"] for name, file in each.items()}
-        for each in (line["eval/pictures.all_boxes"])
-    ]
-    read_files = [each and {name: json.loads(path.read_text()) for name, path in each.items()} for each in contents]
-    return [
-        each and {name: (found["box_data"], found["class_labels"]) for name, found in each.items()}
-        for each in read_files
-    ]
+
+    def content(file):
+        boxes = json.loads((files / "files" / file["path"]).read_text())
+        return boxes["box_data"], boxes["class_labels"]
+
+    every = line["eval/pictures.all_boxes"]
+    return [each and {name: content(file) for name, file in each.items()} for each in every]
 
 
 def is_whole(files):
