@@ -1,8 +1,10 @@
 """The optimiser and its learning rate over time."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ SCALINGS: dict[str, Callable[[float], float]] = {
     "sqrt": math.sqrt,  # Adam: Malladi et al. 2022, arXiv:2205.10287
     "none": lambda _: 1.0,
 }
+SCHEDULES = ("cosine", "poly", "multistep")
 # What is left of the peak once a share of the steps after the warm-up is done; power: of poly
 FALLS: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda done, power: (1 + math.cos(math.pi * done)) / 2,  # Loshchilov & Hutter 2017, arXiv:1608.03983
@@ -67,18 +70,37 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = option("cosine", "how the rate falls: cosine, half of one, or poly, (1 - share of steps done)^power")
+    name: str = option(
+        "cosine", "how the rate falls: cosine, half of one; poly, (1 - share of steps done)^power; multistep"
+    )
     warmup_epochs: float = option(1.0, "before that it rises linearly from 0")
-    final: float = option(0.0, "share of its peak that it falls to")
+    warmup_steps: int = option(0, "the same in steps; above 0 it takes the place of warmup_epochs")
+    final: float = option(0.0, "share of its peak that it falls to; multistep: never")
     power: float = option(0.9, "poly")
+    milestones: list[float] = option(list, "multistep: epochs, from each of which on the rate is gamma times as high")
+    gamma: float = option(0.1, "multistep")
 
     def __post_init__(self) -> None:
-        if self.name not in FALLS:
-            raise UserError(f"schedule.name={self.name}: choose one of {', '.join(FALLS)}")
+        if self.name not in SCHEDULES:
+            raise UserError(f"schedule.name={self.name}: choose one of {', '.join(SCHEDULES)}")
         if not self.power > 0:
             raise UserError(f"schedule.power={self.power}: give a power above 0")
-        if self.warmup_epochs < 0:
-            raise UserError(f"schedule.warmup_epochs={self.warmup_epochs}: give 0 or more")
+        for name in "warmup_epochs", "warmup_steps":
+            if getattr(self, name) < 0:
+                raise UserError(f"schedule.{name}={getattr(self, name)}: give 0 or more")
+        if not 0 < self.gamma <= 1:
+            raise UserError(f"schedule.gamma={self.gamma}: give a factor above 0 up to 1")
+        self._refuse_milestones()
+
+    def _refuse_milestones(self) -> None:
+        given = f"schedule.milestones={self.milestones}"
+        if (self.name == "multistep") != bool(self.milestones):
+            raise UserError(
+                f"schedule.name={self.name} with {given}: the rate falls at milestones with multistep, and with "
+                "nothing else; schedule.name=multistep schedule.milestones=[16,22], say, or schedule.milestones=[]"
+            )
+        if any(not 0 < one < two for one, two in pairwise([*self.milestones, math.inf])):
+            raise UserError(f"{given}: give epochs above 0, each later than the one before it, such as [16,22]")
 
 
 def build(config: OptimConfig, model: nn.Module, images_per_step: int) -> Optimizer:
@@ -132,11 +154,15 @@ def _plain(name: str) -> str:
 
 def build_schedule(config: ScheduleConfig, optimizer: Optimizer, *, steps: int, steps_per_epoch: int) -> LambdaLR:
     """Warm-up, then the fall, by step; step it after each optimiser step."""
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
+    warmup = min(config.warmup_steps or round(config.warmup_epochs * steps_per_epoch), steps)
+    milestones = [round(epoch * steps_per_epoch) for epoch in config.milestones]
 
     def share_of_peak(step: int) -> float:
+        risen = min(1.0, (step + 1) / (warmup + 1))
+        if config.name == "multistep":
+            return risen * config.gamma ** bisect_right(milestones, step)
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return risen
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         return config.final + (1 - config.final) * FALLS[config.name](done, config.power)
 

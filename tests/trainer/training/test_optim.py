@@ -67,6 +67,31 @@ def test_poly_falls_by_its_power():
     assert rates == pytest.approx([1, 9 / 16, 4 / 16, 1 / 16, 0, 0])  # behind the end, too
 
 
+def shares(config, steps, steps_per_epoch):
+    """The rate of each step, where 1 is the peak."""
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=1.0)
+    schedule = optim.build_schedule(config, optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
+    return [schedule.lr_lambdas[0](step) for step in range(steps)]
+
+
+def test_multistep_falls_at_its_milestones_in_epochs():
+    config = ScheduleConfig("multistep", warmup_epochs=0, milestones=[1.5, 2], gamma=0.2)
+    assert shares(config, 10, 4) == pytest.approx([1.0] * 6 + [0.2] * 2 + [0.04] * 2)
+
+
+def test_a_milestone_within_the_warm_up_counts_too():
+    config = ScheduleConfig("multistep", warmup_steps=3, milestones=[1])
+    assert shares(config, 5, 2) == pytest.approx([1 / 4, 2 / 4, 0.1 * 3 / 4, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["cosine", "poly"])
+def test_a_warm_up_in_steps_takes_the_place_of_that_in_epochs(name):
+    in_steps = shares(ScheduleConfig(name, warmup_steps=6), 40, 10)
+    assert in_steps == shares(ScheduleConfig(name, warmup_epochs=0.6), 40, 10)
+    assert in_steps[:7] == pytest.approx([(step + 1) / 7 for step in range(7)])
+    assert shares(ScheduleConfig(name, warmup_steps=99), 3, 10) == pytest.approx([1 / 4, 2 / 4, 3 / 4])
+
+
 def headed():
     """A backbone and two heads, of which one has a part of its own."""
     parts = {"backbone": MODEL, "head": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "header": nn.Linear(2, 2)}
@@ -134,3 +159,9 @@ def test_another_rate_is_kept_over_the_schedule():
         schedule.step()
         base, *_, head = [group["lr"] for group in optimizer.param_groups]
         assert head == pytest.approx(10 * base)
+
+
+@pytest.mark.parametrize("milestones", [[2, 1], [1, 1], [0, 1], [-1]])
+def test_milestones_ascend(milestones):
+    with pytest.raises(UserError, match=r"milestones=\[.*\]: give epochs above 0, each later"):
+        ScheduleConfig("multistep", milestones=milestones)
