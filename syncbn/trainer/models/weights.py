@@ -11,11 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.trainer.errors import UserError, some
+from syncbn.trainer.models.backbones import classifier_part
 
 # Where files keep the state_dict beside other things; of a checkpoint of this trainer, its average comes first
 WRAPPERS = ("average", "state_dict", "model_state_dict", "model", "net", "module", "ema", "weights")
 BACKBONES = ("backbone", "encoder")  # what torchvision and segmentation-models-pytorch call it
-MOST_CLASSIFIERS = 2  # of one model: of two resolutions, or one beside it for an auxiliary loss
+MOST_CLASSIFIERS = 2  # that a file may lack: of two resolutions, or one beside it for an auxiliary loss
+# What is around the classifier's name in a model's that is made of it: deeplabv3_resnet50, smp/unet/resnet50,
+# fasterrcnn_resnet50_fpn_v2, ssdlite320_mobilenet_v3_large
+AROUND = (
+    r"^(lraspp|deeplabv3|fcn|fasterrcnn|maskrcnn|retinanet|fcos|ssd\d+|ssdlite\d+)_|^smp/[^/]*/?"
+    r"|(_320)?_fpn(_v2)?$"
+)
+# Of VGG's weights, those for images of SSD's mean and std
+OF_BACKBONES = {("ssd300_vgg16", "DEFAULT"): "IMAGENET1K_FEATURES"}
+# What torchvision's first trained detectors call some layers, by what they are called since
+FORMER = (
+    (r"(rpn\.head\.conv)\.0\.0\.(\w+)$", lambda m: f"{m[1]}.{m[2]}"),
+    (r"(mask_head)\.(\d+)\.0\.(\w+)$", lambda m: f"{m[1]}.mask_fcn{int(m[2]) + 1}.{m[3]}"),
+    (r"(head\.\w+_head\.conv)\.(\d+)\.0\.(\w+)$", lambda m: f"{m[1]}.{2 * int(m[2])}.{m[3]}"),
+)
 
 
 def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
@@ -39,25 +54,25 @@ def load_backbone(model: nn.Module, name: str, weights: str) -> str:
         raise UserError(
             f"{given}: model.name={name} has no part named {' or '.join(BACKBONES)}; model.weights=FILE loads it whole"
         )
-    # deeplabv3_resnet50, smp/unet/resnet50: the classifier's name is in the model's
-    state = _read(given, weights, re.sub(r"^(lraspp|deeplabv3|fcn)_|^smp/[^/]*/?", "", name))
-    return _load(backbone, state, given, f"the backbone of model.name={name}")
+    state = _read(given, OF_BACKBONES.get((name, weights), weights), re.sub(AROUND, "", name))
+    return _load(classifier_part(backbone), state, given, f"the backbone of model.name={name}")
 
 
 def _load(model: nn.Module, state: Mapping[str, Any], given: str, of_what: str, num_classes: int | None = None) -> str:
     """Load what fits; num_classes: of its classifiers, which may be missing; None: it has none."""
     own = model.state_dict()
     prefix = _prefix(state, own)
-    fits = {key: state[prefix + key] for key in own if _fits(state.get(prefix + key), own[key])}
+    there = {key: state.get(prefix + key, state.get(prefix + _former(key))) for key in own}
+    fits = {key: tensor for key, tensor in there.items() if _fits(tensor, own[key])}
     left = [key for key in own if key not in fits]
     # Files from before torch 0.4.1 have no num_batches_tracked
     missing = [key for key in left if not key.endswith("num_batches_tracked")]
-    if missing and not (fits and num_classes and _are_classifiers(missing, own, num_classes)):
-        tensor = state.get(prefix + missing[0])
-        there = f"is {[*tensor.shape]} there" if isinstance(tensor, Tensor) else "is not there"
+    if missing and not (fits and num_classes and _are_classifiers(missing, own, there, num_classes)):
+        tensor = there[missing[0]]
+        shape = f"is {[*tensor.shape]} there" if isinstance(tensor, Tensor) else "is not there"
         raise UserError(
             f"{given} has {len(fits)} of the {len(own)} tensors of {of_what} "
-            f"({missing[0]} {[*own[missing[0]].shape]} {there}): name the model that was trained"
+            f"({missing[0]} {[*own[missing[0]].shape]} {shape}): name the model that was trained"
         )
     model.load_state_dict(fits, strict=False)
     kept = f" (left: {some(left, 4)})" if left else ""
@@ -119,7 +134,30 @@ def _fits(tensor: Any, own: Tensor | None) -> bool:
     return isinstance(tensor, Tensor) and own is not None and tensor.shape == own.shape
 
 
-def _are_classifiers(keys: list[str], own: Mapping[str, Tensor], num_classes: int) -> bool:
-    """Whether they are of few modules, each with a score for each class."""
+def _former(key: str) -> str:
+    """What a tensor's name was in earlier files; the same if it has not changed."""
+    for pattern, name in FORMER:
+        if match := re.search(pattern, key):
+            return key[: match.start()] + name(match)
+    return key
+
+
+def _are_classifiers(keys: list[str], own: Mapping[str, Tensor], there: Mapping[str, Any], num_classes: int) -> bool:
+    """Whether they are of few modules with a score for each class, or all of another number of classes there.
+
+    The latter may have several outputs of each class: for each anchor, or the sides of a box.
+    """
     modules = {key.rpartition(".")[0] for key in keys}
-    return len(modules) <= MOST_CLASSIFIERS and all(own[key].shape[:1] == (num_classes,) for key in keys)
+    if len(modules) <= MOST_CLASSIFIERS and all(own[key].shape[:1] == (num_classes,) for key in keys):
+        return True
+    classes = {_classes(there[key], own[key], num_classes) for key in keys}
+    return len(classes) == 1 and None not in classes
+
+
+def _classes(tensor: Any, own: Tensor, num_classes: int) -> int | None:
+    """Of how many classes a tensor is, if it differs from own in nothing but these; else None."""
+    if not isinstance(tensor, Tensor) or not own.ndim or tensor.shape[1:] != own.shape[1:]:
+        return None
+    of_each, rest = divmod(len(own), num_classes)
+    classes, left = divmod(len(tensor), of_each or 1)
+    return None if rest or left else classes

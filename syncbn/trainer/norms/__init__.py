@@ -16,6 +16,8 @@ from syncbn.trainer.norms import activations, local, renorm, sample, swap
 from syncbn.trainer.norms.activated import EvoNormS0, FilterResponseNorm
 from syncbn.trainer.option import option
 
+THAW = "model.unfreeze_norms=true makes them live"
+
 
 @dataclass
 class NormConfig:
@@ -87,11 +89,19 @@ class Place(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What was done to a model: of so many batch norm layers `changed`; and notes, for people to read."""
+    """What was done to a model: of so many batch norm layers `changed`, as some came frozen, with fixed statistics.
+
+    notes: for people to read.
+    """
 
     changed: int
     layers: int
+    frozen: int
     notes: list[str]
+
+    def __str__(self) -> str:
+        done = f"{self.changed} of {self.layers} batch norm layers converted"
+        return f"{done}, {self.frozen} frozen ({THAW})" if self.frozen else done
 
 
 def refuse_misfit(config: NormConfig, ranks: int) -> None:
@@ -133,7 +143,8 @@ def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Modu
         layer.momentum = momentum
     after = set(model.modules())
     changed = sum(layer not in after or type(layer) is not kind for layer, kind in before.items())
-    return model, Converted(changed, len(before), list(notes))
+    frozen = len(frozen_batch_norms(model))
+    return model, Converted(changed, len(before) + frozen, frozen, list(notes))
 
 
 def momentum_of(config: NormConfig, place: Place) -> float | None:
@@ -166,12 +177,18 @@ def nothing_converted(model: nn.Module) -> str:
     if not kinds:
         return "the model has no normalisation layer"
     has = ", ".join(f"{name} ×{n}" for name, n in kinds.items())
-    return f"the model has {has}, and only batch norm layers that take statistics are converted"
+    mend = f"; {THAW}" if frozen_batch_norms(model) else ""
+    return f"the model has {has}, and only batch norm layers that take statistics are converted{mend}"
 
 
 def batch_norms(model: nn.Module) -> list[Any]:
     """Every batch norm layer of the model, synchronised or not."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Those that are no batch norm to torch, with four buffers: torchvision's, or a copy of it."""
+    return [m for m in model.modules() if type(m).__name__ == "FrozenBatchNorm2d"]
 
 
 def synchronised(model: nn.Module) -> bool:

@@ -23,15 +23,15 @@ def evaluate(config: Config, ranks: World) -> int:
     norms.refuse_misfit(reduced.norm, ranks.size)
     start = resume.find_start_at(Path(config.checkpoint.resume), ranks)
     own = start if config.eval.recalibrate else None
-    parts = build_together(reduced, ranks, own, lambda parts: take_over(parts, start, config))
+    # The checkpoint's weights are all that is needed, wherever those are that its run began with
+    parts = build_together(reduced, ranks, own, lambda parts: take_over(parts, start, config), load=False)
     show(parts, start, config, ranks)
     return ranks.from_rank_0(0)
 
 
 def needed(config: Config) -> Config:
     """The config to build from: nothing in it that training alone needs could refuse other data."""
-    model = replace(config.model, weights=None, backbone_weights=None)
-    config = replace(config, model=model, train=replace(config.train, cuda_graph=False))
+    config = replace(config, train=replace(config.train, cuda_graph=False))
     if config.eval.recalibrate:  # takes training batches, as they were
         return config
     return replace(

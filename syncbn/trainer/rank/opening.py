@@ -63,4 +63,4 @@ def images(ranks: World, parts: Parts) -> str:
 
 
 def converted(parts: Parts, config: Config) -> str:
-    return f"norm={config.norm.name}: {parts.converted.changed} of {parts.converted.layers} batch norm layers converted"
+    return f"norm={config.norm.name}: {parts.converted}"

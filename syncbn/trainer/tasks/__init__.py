@@ -13,11 +13,13 @@ from syncbn.trainer.tasks.classify import Classify
 from syncbn.trainer.tasks.detect import Detect
 from syncbn.trainer.tasks.objective import Objective
 from syncbn.trainer.tasks.segment import Segment
-from syncbn.trainer.tasks.task import Loss, Picture, Sums, Task
+from syncbn.trainer.tasks.task import BOXES, Loss, Picture, Sums, Task
 
 HELP = "docs/tasks.md tells what a task is"
 
-__all__ = ["TASKS", "Box", "Curves", "Loss", "Matrix", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build"]
+__all__ = [
+    "BOXES", "TASKS", "Box", "Curves", "Loss", "Matrix", "Metric", "Picture", "Sums", "Task", "TaskConfig", "build",
+]  # fmt: skip
 
 
 @dataclass

@@ -13,6 +13,9 @@ from syncbn.trainer.data.structure import repeated
 from syncbn.trainer.runs.metric import Metric
 from syncbn.trainer.runs.pictures import Boxes, Chart
 
+BOXES = ("boxes", "instances")
+"""The targets of tasks that find boxes in images, each of its own size, which their models normalise."""
+
 Sums = dict[str, Tensor]
 """Totals over samples, of any shape: they add up over batches and ranks, in float64."""
 
@@ -71,6 +74,9 @@ class Task(ABC):
     stacked: bool = True
     """Whether the images of a batch are one tensor [B, 3, H, W], or a list, each of its own size."""
 
+    fixed_shapes: bool = True
+    """Whether a step does the same for any batch of its shapes, so that it can be one graph."""
+
     any_size: bool = False
     """Whether an exported program takes images of any size, where its model does, or of that of training alone."""
 
@@ -123,8 +129,11 @@ class Task(ABC):
         """
         return ()
 
-    def exported(self, model: nn.Module) -> nn.Module:
-        """What an exported program computes of images [N, 3, H, W]: one tensor; the model unless overridden."""
+    def exported(self, model: nn.Module) -> nn.Module | None:
+        """What an exported program computes of images [N, 3, H, W]: one tensor; the model unless overridden.
+
+        None: there is no program, as the model returns more than a tensor, or what depends on the images' contents.
+        """
         return model
 
     @property
