@@ -160,7 +160,8 @@ def test_the_facts_say_what_images_to_give(exported):
 
 def test_figures_of_other_weights_are_left_out(copy):
     changed(copy, evaluated=2)
-    assert export.described(load_checkpoint(copy)[1], None)["eval"] == {}
+    path, state = load_checkpoint(copy)
+    assert export.described(state, export.task_of(state), export.plain_model(state, path), None)["eval"] == {}
 
 
 def test_what_is_printed_names_every_file(exported, tmp_path, capsys):

@@ -89,19 +89,11 @@ class Place(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What was done to a model: of so many batch norm layers `changed`, as some came frozen, with fixed statistics.
-
-    notes: for people to read.
-    """
+    """What was done to a model: of so many batch norm layers `changed`; and notes, for people to read."""
 
     changed: int
     layers: int
-    frozen: int
     notes: list[str]
-
-    def __str__(self) -> str:
-        done = f"{self.changed} of {self.layers} batch norm layers converted"
-        return f"{done}, {self.frozen} frozen ({THAW})" if self.frozen else done
 
 
 def refuse_misfit(config: NormConfig, ranks: int) -> None:
@@ -143,8 +135,7 @@ def convert(model: nn.Module, config: NormConfig, place: Place) -> tuple[nn.Modu
         layer.momentum = momentum
     after = set(model.modules())
     changed = sum(layer not in after or type(layer) is not kind for layer, kind in before.items())
-    frozen = len(frozen_batch_norms(model))
-    return model, Converted(changed, len(before) + frozen, frozen, list(notes))
+    return model, Converted(changed, len(before) + len(frozen_batch_norms(model)), list(notes))
 
 
 def momentum_of(config: NormConfig, place: Place) -> float | None:

@@ -63,4 +63,6 @@ def images(ranks: World, parts: Parts) -> str:
 
 
 def converted(parts: Parts, config: Config) -> str:
-    return f"norm={config.norm.name}: {parts.converted}"
+    converted, frozen = parts.converted, len(norms.frozen_batch_norms(parts.model))
+    done = f"norm={config.norm.name}: {converted.changed} of {converted.layers} batch norm layers converted"
+    return f"{done}, {frozen} frozen ({norms.THAW})" if frozen else done
