@@ -50,10 +50,11 @@ class ModelConfig:
             raise UserError("model.options.num_classes: the data tells how many classes there are; leave it out")
 
 
+DETECTORS = {"small_ssd": small_ssd}
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "unet": UNet,
-    "small_ssd": small_ssd,
+    **DETECTORS,
 }
 
 
@@ -96,7 +97,9 @@ def build_blank(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def is_detector(name: str) -> bool:
-    """Whether it is one of torchvision's, by its name."""
+    """Whether it is one of ours or of torchvision's, by its name."""
+    if name in DETECTORS:
+        return True
     return ":" not in name and not name.startswith(smp.PREFIX) and name not in MODELS and name in detection.names()
 
 
@@ -117,8 +120,8 @@ def _refuse_keys_of_detectors(config: ModelConfig) -> None:
     for key in "image_size", "anchor_sizes", "anchor_ratios":
         if value := getattr(config, key):
             raise UserError(
-                f"model.{key}={value} with model.name={config.name}: only torchvision's detectors have that, by name "
-                "(ssdlite320_mobilenet_v3_large, ...); leave it out"
+                f"model.{key}={value} with model.name={config.name}: only detectors have that, by name "
+                "(small_ssd, ssdlite320_mobilenet_v3_large, ...); leave it out"
             )
 
 

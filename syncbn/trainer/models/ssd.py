@@ -1,6 +1,5 @@
 """A small SSD (Liu et al. 2016, arXiv:1512.02325) on a residual network: boxes in small images."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,8 +7,8 @@ from torch.nn import functional as F
 
 from syncbn.trainer.models.residual import Block
 
-STEM = 2  # stride of the stem; each stage after the first halves again
-LEVELS = 3  # of features, at strides of 4, 8 and 16
+SIDE = 96  # of the square that images are brought to, in pixels
+ANCHOR_SIZES = (17, 23, 29, 38)  # of each level, and one behind the last, in pixels of the square
 
 
 class Features(nn.Module):
@@ -17,7 +16,7 @@ class Features(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, STEM, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.first = nn.Sequential(Block(width, width, stride=1), Block(width, width, stride=1))
         stages, channels = [], width
@@ -42,31 +41,21 @@ class Features(nn.Module):
         return features
 
 
-def small_ssd(
-    num_classes: int,
-    image_size: int = 96,
-    anchor_sizes: Sequence[float] = (17, 23, 29, 38),
-    anchor_ratios: Sequence[float] = (2,),
-    width: int = 32,
-    **options: Any,
-) -> nn.Module:
+def small_ssd(num_classes: int, width: int = 32, **options: Any) -> nn.Module:
     """torchvision's SSD on `Features`, with its calling convention: the losses in training, boxes in eval.
+
+    Images are brought to 96×96; model.image_size and the anchors' keys change that.
 
     Args:
         num_classes: the background is one of them.
-        image_size: side of the square that images are brought to.
-        anchor_sizes: in pixels of that square, one for each of the three levels and one beyond the last.
-        anchor_ratios: sides of anchors besides squares, each with its inverse.
         width: channels of the stem.
         options: of torchvision.models.detection.ssd.SSD.
     """
     from torchvision.models.detection.anchor_utils import DefaultBoxGenerator  # takes seconds
     from torchvision.models.detection.ssd import SSD
 
-    if len(anchor_sizes) != LEVELS + 1:
-        raise ValueError(f"{len(anchor_sizes)} anchor sizes: give {LEVELS + 1}, one a level and one beyond")
     backbone: Any = Features(width)
     backbone.out_channels = Features.channels(width)
-    anchors = DefaultBoxGenerator([[*anchor_ratios]] * LEVELS, scales=[size / image_size for size in anchor_sizes])
+    anchors = DefaultBoxGenerator([[2]] * len(backbone.out_channels), scales=[size / SIDE for size in ANCHOR_SIZES])
     options = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "detections_per_img": 100, **options}
-    return SSD(backbone, anchors, (image_size, image_size), num_classes, **options)
+    return SSD(backbone, anchors, (SIDE, SIDE), num_classes, **options)

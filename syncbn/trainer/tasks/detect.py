@@ -17,12 +17,10 @@ from syncbn.trainer.tasks.colours import colour_of, in_hex
 from syncbn.trainer.tasks.divisors import divisors
 from syncbn.trainer.tasks.task import Loss, Picture, Task
 
-PREDICTED = {"boxes": (4,), "scores": (), "labels": ()}  # of each prediction of an image
 CONVENTION = (
     "its forward must take (images, targets) and return a dict of losses in training, and in eval a dict of boxes, "
     "scores and labels for each image, as torchvision.models.detection has it"
 )
-MOST_SHOWN = 100  # predictions that a picture keeps
 NOTHING = 32  # side of what a rank without an image shows its model
 
 
@@ -79,7 +77,7 @@ class Detect(Task):
             (predicted,) = self._predicted(model, [image])
             boxes = {
                 "truth": [self._box(row[:5]) for row in truth_rows(target).tolist()],
-                "prediction": [self._box([*row[:4], row[5]], row[4]) for row in predicted[:MOST_SHOWN].tolist()],
+                "prediction": [self._box([*row[:4], row[5]], row[4]) for row in predicted.tolist()],
             }
             pictures.append(Picture(shown, boxes=boxes))
         return pictures
@@ -150,9 +148,7 @@ def refuse_other_forward(model: nn.Module) -> None:
     try:
         inspect.signature(model.forward).bind(None, None)
     except TypeError as error:
-        raise UserError(
-            f"task=detect cannot train {type(model).__name__}: {CONVENTION}", on_every_rank=True
-        ) from error
+        raise UserError(f"task=detect cannot train {type(model).__name__}: {CONVENTION}", on_every_rank=True) from error
 
 
 def refuse_other_losses(losses: Any) -> Mapping[str, Tensor]:
@@ -162,12 +158,13 @@ def refuse_other_losses(losses: Any) -> Mapping[str, Tensor]:
 
 
 def refuse_other_predictions(outputs: Any, images: int) -> None:
-    fits = isinstance(outputs, Sequence) and len(outputs) == images
-    for each in outputs if fits else ():
-        values = [each.get(name) for name in PREDICTED] if isinstance(each, Mapping) else [None]
-        fits = fits and all(isinstance(value, Tensor) for value in values)
-        fits = fits and [(len(value), *value.shape[1:]) for value in values] == [
-            (len(values[0]), *shape) for shape in PREDICTED.values()
-        ]
-    if not fits:
-        raise UserError(f"the model's output in eval, for {images} images, does not fit: {CONVENTION}")
+    if not (isinstance(outputs, Sequence) and len(outputs) == images and all(map(is_prediction, outputs))):
+        raise UserError(f"the model's output in eval, for {images} images, is none of boxes: {CONVENTION}")
+
+
+def is_prediction(output: Any) -> bool:
+    """Whether it has boxes [n, 4], scores [n] and labels [n]."""
+    if not isinstance(output, Mapping):
+        return False
+    boxes, scores, labels = (tuple(getattr(output.get(name), "shape", ())) for name in ("boxes", "scores", "labels"))
+    return len(scores) == 1 and labels == scores and boxes == (*scores, 4)

@@ -68,7 +68,11 @@ def divisors(model: nn.Module, images: int) -> Iterator[Divisors]:
         elif isinstance(model, GeneralizedRCNN):
             seen = Divisors(images, lambda name: OF_RCNN.get(name, IMAGES))
             watch(model.rpn, "fg_bg_sampler", lambda sample: samples(sample, seen, "sampled anchors", None))
-            watch(model.roi_heads, "fg_bg_sampler", lambda sample: samples(sample, seen, "sampled boxes", "positive boxes"))
+            watch(
+                model.roi_heads,
+                "fg_bg_sampler",
+                lambda sample: samples(sample, seen, "sampled boxes", "positive boxes"),
+            )
         else:
             seen = Divisors(images, lambda _: IMAGES)
         yield seen
@@ -110,7 +114,7 @@ def losses_of_points(compute: Callable[..., Any], seen: Divisors) -> Callable[..
 
 
 def samples(
-    sample: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]], seen: Divisors, both: str, positive: str | None
+    sample: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]], seen: Divisors, both: str, positive: str = ""
 ) -> Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
     """R-CNN's sampler, which takes positives and negatives of each image. both, positive: names of what to count."""
 

@@ -1,7 +1,5 @@
 """Detection: each loss divided by what all ranks have of it, exact for any split, and no rank without a message."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,6 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from syncbn.trainer import norms
 from syncbn.trainer.data import Batch
-from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.models.ssd import small_ssd
 from syncbn.trainer.tasks.detect import Detect
@@ -99,7 +96,7 @@ def mask_rcnn():
 
 
 MODELS = {
-    "ours": lambda: small_ssd(3, image_size=48, anchor_sizes=(8, 12, 18, 30), width=4),
+    "ours": lambda: small_ssd(3, width=4),
     "ssdlite": ssdlite,
     "retinanet": retinanet,
     "fcos": fcos,
