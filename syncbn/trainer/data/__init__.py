@@ -7,12 +7,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from syncbn.trainer.data.batches import Batches as Batches
-from syncbn.trainer.data.options import AUTO, DataConfig, refuse_of_others
+from syncbn.trainer.data.options import AUTO, DataConfig, normalisation, refuse_of_others
 from syncbn.trainer.data.options import AugmentConfig as AugmentConfig
 from syncbn.trainer.data.sampler import EvalSampler, Key, TrainSampler
 from syncbn.trainer.data.samples import Batch as Batch
 from syncbn.trainer.data.samples import Samples
-from syncbn.trainer.data.sets.images import Images, Spread, fingerprint
+from syncbn.trainer.data.sets.images import Images, Spread, fingerprint, wide_or_high
 from syncbn.trainer.data.sets.masks import IGNORED as IGNORED
 from syncbn.trainer.data.sets.masks import class_pixels as class_pixels
 from syncbn.trainer.data.sets.sources import TARGETS as TARGETS
@@ -70,6 +70,7 @@ def build(
         targets: what images must come with, one of TARGETS.
         stacked: whether the images of a batch are one tensor, or a list.
     """
+    refuse_of_others(config, targets)
     train, test = _images(config, targets)
     ranks = {"rank": world.rank, "world_size": world.size}
     batch = f"data.batch_per_rank={config.batch_per_rank} on {world.size} ranks"
@@ -78,7 +79,9 @@ def build(
         global_batch = config.batch_per_rank * world.size
     elif config.batch_per_rank == AUTO or global_batch != config.batch_per_rank * world.size:
         batch = f"a global batch of {global_batch}"
-    stream = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
+    stream: dict[str, Any] = {"global_batch": global_batch, "seed": seed, "accumulate": accumulate, **ranks}
+    if config.group_by_aspect_ratio:
+        stream["groups"] = wide_or_high(train)
     sampler = TrainSampler(len(train), start=start, **stream)
     if sampler.steps_per_epoch == 0:
         raise UserError(
@@ -89,7 +92,8 @@ def build(
     shown = min(SHOWN, len(test))
 
     def batches(samples: Samples, sampler: Iterable[list[Key]], workers: int = config.workers) -> Batches:
-        return Batches(_loader(samples, sampler, workers, world.device), config, world.device, memory_format)
+        loader = _loader(samples, sampler, workers, world.device)
+        return Batches(loader, normalisation(config, targets), world.device, memory_format)
 
     return Data(
         batches(training, sampler),
@@ -136,7 +140,6 @@ def _samples(
     """The same, as they go into batches."""
     from syncbn.trainer.data import transforms  # only now: torchvision takes seconds
 
-    refuse_of_others(config.augment, targets)
     mix = transforms.for_batches(config.augment, len(train.classes))
     if mix and not stacked:
         raise UserError(
@@ -151,7 +154,7 @@ def _samples(
     }
     for_training, for_eval = transforms.of_targets(config, targets)
     training = Samples(train, for_training, mix=mix, stacked=stacked, **common)
-    # With masks, images are evaluated as they are, each at its own size
+    # With masks or boxes, images are evaluated as they are, each at its own size
     return training, Samples(test, for_eval, stacked=stacked and targets == "classes", **common)
 
 

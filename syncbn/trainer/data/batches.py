@@ -1,13 +1,12 @@
 """Batches as they reach the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from syncbn.trainer.data.options import DataConfig
 from syncbn.trainer.data.sampler import EvalSampler
 from syncbn.trainer.data.samples import Batch
 from syncbn.trainer.data.structure import mapped
@@ -16,15 +15,24 @@ from syncbn.trainer.errors import UserError
 
 
 class Batches:
-    """Batches of a DataLoader on the device: images [B, 3, H, W] normalised, labels as they are."""
+    """Batches of a DataLoader on the device: images [B, 3, H, W] normalised, labels as they are.
+
+    Args:
+        normalisation: mean and standard deviation of pixels in 0..1, for each colour or for all.
+    """
 
     def __init__(
-        self, loader: DataLoader, config: DataConfig, device: torch.device, memory_format: torch.memory_format
+        self,
+        loader: DataLoader,
+        normalisation: tuple[Sequence[float], Sequence[float]],
+        device: torch.device,
+        memory_format: torch.memory_format,
     ):
         self.loader, self.device, self.memory_format = loader, device, memory_format
         self.shape: list[int] | None = None  # [3, H, W] of the images of the last batch
-        self.mean = 255 * torch.tensor(config.mean, device=device).view(1, -1, 1, 1)
-        self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, -1, 1, 1))
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in normalisation)
+        self.mean = 255 * mean
+        self.scale = 1 / (255 * std)
 
     @property
     def most(self) -> int:

@@ -7,8 +7,13 @@ from syncbn.trainer.data.sets.sources import NAMES
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.option import option
 
-# Augmentations that only images with these targets go through
-OF_TARGETS = {"classes": ("pad", "policy", "erase", "mixup", "cutmix"), "masks": ("scale", "photometric")}
+# Augmentations that do not fit every image, and what those come with that go through them
+OF_TARGETS = {
+    **dict.fromkeys(("pad", "policy", "erase", "mixup", "cutmix"), ("classes",)),
+    **dict.fromkeys(("scale", "photometric"), ("masks", "boxes", "instances")),
+    "iou_crop": ("boxes", "instances"),
+}
+WITH_BOXES = ("boxes", "instances")
 AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: rank/batch_size.py
 
 
@@ -16,8 +21,10 @@ AUTO = "auto"  # data.batch_per_rank, to be found out on the ranks: rank/batch_s
 class AugmentConfig:
     pad: int = option(0, "pixels of black border before a random crop to the old size")
     flip: bool = option(False, "left-right, half the time")
-    scale: list[float] = option(lambda: [1.0, 1.0], "with masks: a factor of the size, drawn from this range")
-    photometric: bool = option(False, "with masks: brightness, contrast, saturation and hue, by chance")
+    vertical_flip: bool = option(False, "upside down, half the time")
+    scale: list[float] = option(lambda: [1.0, 1.0], "with masks or boxes: a factor of the size, drawn from this range")
+    photometric: bool = option(False, "with masks or boxes: brightness, contrast, saturation and hue, by chance")
+    iou_crop: bool = option(False, "with boxes: crop so that some object overlaps with it by a drawn share (SSD)")
     policy: str = option("none", "none, rand (RandAugment) or trivial (TrivialAugmentWide)")
     erase: float = option(0.0, "probability of blanking a random rectangle")
     mixup: float = option(0.0, "alpha of the Beta distribution; 0 is off")
@@ -46,13 +53,16 @@ class DataConfig:
     eval_batch_per_rank: int = option(256, "eval statistics are fixed, so its batch is only a matter of speed")
     workers: int = option(0, "processes per rank that decode and augment; 0: the rank itself")
     cache: bool = option(False, "keep decoded images in memory")
-    skip_broken: bool = option(False, "leave unreadable images out, counted, instead of stopping")
+    skip_broken: bool = option(False, "leave unreadable images and broken boxes out, counted, instead of stopping")
     size: int = option(
         0, "side in pixels to crop to (classes: random scale in training, centre in eval); 0: as they are"
     )
     mean: list[float] = option(lambda: [0.5], "of pixels in 0..1, per colour")
     std: list[float] = option(lambda: [0.25], "of pixels in 0..1, per colour; a pixel becomes (pixel - mean) / std")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    group_by_aspect_ratio: bool = option(
+        False, "with boxes: training batches of wide or of high images alone, as far as they come out, to pad less"
+    )
     train_images: int = option(0, "train on so many only, evenly spread over the data set; 0: all")
     ignore_index: int = option(IGNORED, "with masks: the number of pixels that count for nothing, and of no class")
     scenes: int = option(1200, "data=digit_scenes: training scenes; a quarter as many for eval")
@@ -76,13 +86,28 @@ class DataConfig:
             raise UserError(f"data.mean={self.mean} data.std={self.std}: give 1 or 3 of each, std above 0")
 
 
-def refuse_of_others(augment: AugmentConfig, targets: str) -> None:
-    """Raise UserError for an augmentation that images with these targets do not go through."""
-    plain = AugmentConfig()
-    for kind, keys in OF_TARGETS.items():
-        for key in keys:
-            if kind != targets and getattr(augment, key) != getattr(plain, key):
-                raise UserError(
-                    f"data.augment.{key}={getattr(augment, key)} is for images with {kind}, and those of this task "
-                    f"come with {targets}: leave it out"
-                )
+def refuse_of_others(config: DataConfig, targets: str) -> None:
+    """Raise UserError for a key that images with these targets have no use for."""
+    plain, plain_augment = DataConfig(), AugmentConfig()
+    for key, kinds in OF_TARGETS.items():
+        if targets not in kinds and getattr(config.augment, key) != getattr(plain_augment, key):
+            raise UserError(
+                f"data.augment.{key}={getattr(config.augment, key)} is for images with {' or '.join(kinds)}, and those "
+                f"of this task come with {targets}: leave it out"
+            )
+    if targets in WITH_BOXES and (config.mean, config.std) != (plain.mean, plain.std):
+        raise UserError(
+            f"data.mean={config.mean} data.std={config.std}: images with {targets} reach the model in 0..1, as "
+            "detectors normalise them: leave both out, or undo those of a file with data.mean=[0.5] data.std=[0.25]"
+        )
+    if config.group_by_aspect_ratio and (targets not in WITH_BOXES or config.size):
+        why = f"data.size={config.size} gives all one size" if targets in WITH_BOXES else f"these have {targets}"
+        raise UserError(
+            f"data.group_by_aspect_ratio=true is for images with boxes that keep their own sizes, and {why}: leave it "
+            "out"
+        )
+
+
+def normalisation(config: DataConfig, targets: str) -> tuple[list[float], list[float]]:
+    """What is taken from a pixel in 0..1, and what it is then divided by. With boxes: nothing, as detectors do that."""
+    return ([0.0], [1.0]) if targets in WITH_BOXES else (config.mean, config.std)

@@ -1,6 +1,6 @@
 """Which samples each rank takes: pure functions of seed, epoch and position, whatever the number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import torch
@@ -37,6 +37,10 @@ class TrainSampler:
 
     Step s of an epoch takes the next global_batch * accumulate samples of that epoch's shuffle, so the samples of a
     step do not depend on how many ranks share them. An epoch ends where a whole step no longer fits.
+
+    Args:
+        groups: of each sample; the samples of an epoch are then ordered so that those of a global batch are of one
+            group, as far as each group fills whole ones. None: they are as they are drawn.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class TrainSampler:
         seed: int,
         accumulate: int = 1,
         start: int = 0,
+        groups: Sequence[int] | None = None,
     ):
+        self.groups = groups
         self.samples, self.seed, self.start = samples, seed, start
         self.global_batch = global_batch  # samples of one forward of all ranks together
         self.mine = slice_of(global_batch, rank, world_size)
@@ -59,15 +65,41 @@ class TrainSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, step = divmod(self.start, self.steps_per_epoch)
         while True:
-            order = self.shuffle(epoch)
+            order = self.order(epoch)
             for begin in range(step * self.step_size, self.steps_per_epoch * self.step_size, self.global_batch):
                 yield [(epoch, order[begin + place]) for place in self.mine]
             epoch, step = epoch + 1, 0
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of an epoch that are taken, in their order: with groups or without, the same ones."""
+        shuffled = self.shuffle(epoch)[: self.steps_per_epoch * self.step_size]
+        if self.groups is None:
+            return shuffled
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, -1))
+        return in_groups(shuffled, self.groups, self.global_batch, generator)
 
     def shuffle(self, epoch: int) -> list[int]:
         """The order of all samples in an epoch."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         return torch.randperm(self.samples, generator=generator).tolist()
+
+
+def in_groups(order: Sequence[int], groups: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
+    """The same samples, batches of one size in an order that is drawn anew, each of one group but for the last few.
+
+    What does not fill a batch of its group is joined, in order of group, so that fewer batches than there are groups
+    are of several. len(order) is a multiple of size.
+
+    Source: torchvision's references/detection/group_by_aspect_ratio.py.
+    """
+    members: dict[int, list[int]] = {group: [] for group in sorted(set(groups))}
+    for sample in order:
+        members[groups[sample]].append(sample)
+    whole = {group: len(each) // size * size for group, each in members.items()}
+    joined = [sample for group, each in members.items() for sample in each[: whole[group]]]
+    joined += [sample for group, each in members.items() for sample in each[whole[group] :]]
+    batches = torch.randperm(len(order) // size, generator=generator).tolist()
+    return [sample for batch in batches for sample in joined[batch * size : (batch + 1) * size]]
 
 
 class EvalSampler:

@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     """Samples of one rank: any structure of tensors, as the task takes it.
 
     Of classification: images [B, 1 or 3, H, W] in 0..255, labels [B], or [B, K] weights after mixing. Images of
-    different sizes are a list. skipped: broken images that were left out. places: those of the samples in the data set.
+    different sizes are a list, and so are targets with boxes. skipped: broken images that were left out. places: those
+    of the samples in the data set.
     """
 
     images: Any
@@ -106,7 +107,7 @@ class Samples(torch.utils.data.Dataset):
     def _joined(self, targets: list[Any]) -> Any:
         if self.targets == "classes":
             return torch.tensor(targets, dtype=torch.int64)
-        if not self.stacked:
+        if not self.stacked or self.targets in ("boxes", "instances"):
             return targets
         return torch.stack(targets) if targets else torch.zeros(0, *self._shape()[1:], dtype=torch.uint8)
 

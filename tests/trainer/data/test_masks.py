@@ -428,7 +428,11 @@ OF_OTHERS = {
     ),
     "pad": ("masks", AugmentConfig(pad=2), "data.augment.pad=2 is for images with classes"),
     "mixup": ("masks", AugmentConfig(mixup=0.2), "data.augment.mixup=0.2 is for images with classes"),
-    "scale": ("classes", AugmentConfig(scale=[0.5, 2.0]), "is for images with masks, and those of this task come with"),
+    "scale": (
+        "classes",
+        AugmentConfig(scale=[0.5, 2.0]),
+        "is for images with masks or boxes or instances, and those of this task come with",
+    ),
 }
 
 

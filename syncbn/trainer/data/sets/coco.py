@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ def coco_detection(config: "DataConfig", *, instances: bool = False) -> tuple[An
     Args:
         instances: whether targets have masks, drawn from the segmentations.
     """
+    if instances and find_spec("faster_coco_eval") is None:
+        raise UserError(
+            "data.name=coco_detection: faster-coco-eval, which draws masks, is not installed: pip install it"
+        )
     root, parts = Path(config.root), layout_of(Path(config.root))
     files = [File(root, part) for part in parts]
     classes = [*files[0].categories.values()]
@@ -201,10 +206,13 @@ def drawn(shapes: Sequence[bytes], size: tuple[int, int]) -> Tensor:
     width, height = size
     masks = torch.zeros(len(shapes), height, width, dtype=torch.uint8)
     for one, shape in zip(masks, shapes, strict=True):
-        segmentation = json.loads(shape)
-        runs = mask.frPyObjects(segmentation, height, width)
+        runs = json.loads(shape)
         if isinstance(runs, list):
-            runs = mask.merge(runs)
+            runs = mask.merge([*mask.frPyObjects(runs, height, width)])
+        elif isinstance(runs["counts"], list):
+            runs = mask.frPyObjects(runs, height, width)
+        else:
+            runs["counts"] = runs["counts"].encode()
         one.copy_(torch.from_numpy(mask.decode(runs)))
     return masks
 

@@ -141,5 +141,10 @@ def fingerprint(train: Images, test: Images) -> dict[str, Any]:
     return {"train": len(train), "eval": len(test), "classes": len(train.classes), "digest": digest.hexdigest()}
 
 
+def wide_or_high(images: Any) -> list[int]:
+    """Of each image, which has a size(i), 1 if it is wider than high, or as wide."""
+    return [int(width >= height) for width, height in map(images.size, range(len(images)))]
+
+
 def _packed(labels: Sequence[int] | Tensor) -> bytes:
     return torch.as_tensor(labels, dtype=torch.int64).numpy().astype("<i8").tobytes()
