@@ -76,8 +76,8 @@ class Detect(Task):
         for image, target, shown in zip(batch.images, batch.labels, pixels, strict=True):
             (predicted,) = self._predicted(model, [image])
             boxes = {
-                "truth": [self._box(row[:5]) for row in truth_rows(target).tolist()],
-                "prediction": [self._box([*row[:4], row[5]], row[4]) for row in predicted.tolist()],
+                "truth": [self._box(*sides, label) for *sides, label, _, _ in truth_rows(target).tolist()],
+                "prediction": [self._box(*sides, label, score) for *sides, score, label in predicted.tolist()],
             }
             pictures.append(Picture(shown, boxes=boxes))
         return pictures
@@ -131,10 +131,11 @@ class Detect(Task):
             rows.append(torch.cat([column[best].double() for column in columns], 1))
         return rows
 
-    def _box(self, row: Sequence[float], score: float | None = None) -> Box:
-        label = int(row[4])
-        name = self.classes[label - 1] if 0 < label <= len(self.classes) else f"class {label}"
-        return Box(*row[:4], name, score)
+    def _box(
+        self, left: float, top: float, right: float, bottom: float, label: float, score: float | None = None
+    ) -> Box:
+        name = self.classes[int(label) - 1] if 0 < label <= len(self.classes) else f"class {label:.0f}"
+        return Box(left, top, right, bottom, name, score)
 
 
 def truth_rows(target: Mapping[str, Tensor]) -> Tensor:
@@ -166,5 +167,5 @@ def is_prediction(output: Any) -> bool:
     """Whether it has boxes [n, 4], scores [n] and labels [n]."""
     if not isinstance(output, Mapping):
         return False
-    boxes, scores, labels = (tuple(getattr(output.get(name), "shape", ())) for name in ("boxes", "scores", "labels"))
-    return len(scores) == 1 and labels == scores and boxes == (*scores, 4)
+    boxes, scores, labels = ([*getattr(output.get(name), "shape", ())] for name in ("boxes", "scores", "labels"))
+    return len(scores) == 1 and labels == scores and boxes == [*scores, 4]

@@ -67,12 +67,8 @@ def divisors(model: nn.Module, images: int) -> Iterator[Divisors]:
             watch(model.head, "compute_loss", lambda loss: losses_of_points(loss, seen))
         elif isinstance(model, GeneralizedRCNN):
             seen = Divisors(images, lambda name: OF_RCNN.get(name, IMAGES))
-            watch(model.rpn, "fg_bg_sampler", lambda sample: samples(sample, seen, "sampled anchors", None))
-            watch(
-                model.roi_heads,
-                "fg_bg_sampler",
-                lambda sample: samples(sample, seen, "sampled boxes", "positive boxes"),
-            )
+            watch(model.rpn, "fg_bg_sampler", lambda take: samples(take, seen, "sampled anchors"))
+            watch(model.roi_heads, "fg_bg_sampler", lambda take: samples(take, seen, "sampled boxes", "positive boxes"))
         else:
             seen = Divisors(images, lambda _: IMAGES)
         yield seen
