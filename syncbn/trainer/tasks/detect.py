@@ -76,8 +76,8 @@ class Detect(Task):
         for image, target, shown in zip(batch.images, batch.labels, pixels, strict=True):
             (predicted,) = self._predicted(model, [image])
             boxes = {
-                "truth": [self._box(*sides, label) for *sides, label, _, _ in truth_rows(target).tolist()],
-                "prediction": [self._box(*sides, label, score) for *sides, score, label in predicted.tolist()],
+                "truth": [self._box(corners, label) for *corners, label, _, _ in truth_rows(target).tolist()],
+                "prediction": [self._box(corners, label, score) for *corners, score, label in predicted.tolist()],
             }
             pictures.append(Picture(shown, boxes=boxes))
         return pictures
@@ -131,11 +131,9 @@ class Detect(Task):
             rows.append(torch.cat([column[best].double() for column in columns], 1))
         return rows
 
-    def _box(
-        self, left: float, top: float, right: float, bottom: float, label: float, score: float | None = None
-    ) -> Box:
+    def _box(self, corners: Sequence[float], label: float, score: float | None = None) -> Box:
         name = self.classes[int(label) - 1] if 0 < label <= len(self.classes) else f"class {label:.0f}"
-        return Box(left, top, right, bottom, name, score)
+        return Box(*corners, name=name, score=score)
 
 
 def truth_rows(target: Mapping[str, Tensor]) -> Tensor:
