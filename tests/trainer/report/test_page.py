@@ -301,8 +301,8 @@ def outlines(html):
 
 
 def test_boxes_are_drawn_over_one_picture_in_a_panel_for_each_name(tmp_path):
-    cat, dog = Box(16, 32, 48, 64, "<cat>"), Box(0.5, 0, 64, 40, "dog", 0.97)
-    html, data = boxed(tmp_path, truth=[cat], prediction=[dog, Box(9, 9, 64, 64, "dog", 0.49)])
+    cat, dog = Box(32, 32, 96, 64, "<cat>"), Box(1, 0, 128, 40, "dog", 0.97)
+    html, data = boxed(tmp_path, (64, 128), truth=[cat], prediction=[dog, Box(9, 9, 64, 64, "dog", 0.49)])
     assert Balanced(html).open == []
     assert "truth &lt;cat&gt; prediction: 1 of 2 dog 97% 2 of 3 found" in text_of(html).replace("<cat>", "&lt;cat&gt;")
     assert html.count(data) == 2  # once for each of the two pictures
