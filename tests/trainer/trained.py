@@ -22,6 +22,18 @@ SEGMENTATION = {
     "model": {"name": "unet", "options": {"depth": 2, "width": 2}},
 }  # fmt: skip
 
+# Of a small detection, whose images have each its own size
+DETECTION = {
+    "data": {
+        "name": "digit_scenes",
+        "scenes": 24,
+        "eval_batch_per_rank": 1,
+        "augment": {"flip": True, "iou_crop": True},
+    },
+    "task": {"name": "detect"},
+    "model": {"name": "small_ssd", "image_size": 48, "options": {"width": 2}},
+}
+
 
 class Shelf:
     def __init__(self, folder, config):

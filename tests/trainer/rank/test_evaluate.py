@@ -16,7 +16,7 @@ from syncbn.trainer.rank.evaluate import evaluate
 from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
 from syncbn.trainer.training.resume import load_checkpoint
 from tests.ranks import run_ranks
-from tests.trainer.trained import SEGMENTATION, ranks_world, train
+from tests.trainer.trained import DETECTION, SEGMENTATION, ranks_world, train
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -29,6 +29,7 @@ TRAINED = {
     "frozen": {"norm": {"name": "frozen"}, "eval": {"recalibrate": 2}},
     "batch-renorm": {"norm": {"name": "batch_renorm"}, "eval": {"recalibrate": 2}},
     "segmentation": {**SEGMENTATION, "eval": {"recalibrate": 2}, "train": {"ema": 0.5}},
+    "detection": {**DETECTION, "eval": {"recalibrate": 2}, "train": {"ema": 0.5}},
     "recalibrated": {"eval": {"recalibrate": 2}, "train": {"ema": 0.5, "accumulate": 2}},
 }
 

@@ -1,5 +1,8 @@
 """Detection: each loss divided by what all ranks have of it, exact for any split, and no rank without a message."""
 
+import json
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,18 +13,24 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from syncbn.trainer import norms
+from syncbn.trainer.config import typed
 from syncbn.trainer.data import Batch
+from syncbn.trainer.errors import UserError
 from syncbn.trainer.models.residual import SmallResNet
 from syncbn.trainer.models.ssd import small_ssd
+from syncbn.trainer.rank.assemble import assemble
+from syncbn.trainer.rank.build import build
 from syncbn.trainer.tasks.detect import Detect
 from syncbn.trainer.training.bad_steps import Guard
-from syncbn.trainer.training.loop import optimiser_step
+from syncbn.trainer.training.evaluation import measure
+from syncbn.trainer.training.loop import fit, optimiser_step
 from syncbn.trainer.training.options import TrainConfig
 from syncbn.trainer.training.state import Training
 from syncbn.trainer.training.totals import Totals
+from tests.launch.jobs import PYTHON, finished
 from tests.ranks import run_ranks
 from tests.trainer.tasks.given import Given
-from tests.trainer.trained import ranks_world
+from tests.trainer.trained import DETECTION, ranks_world
 
 CLASSES = ["cat", "dog"]
 SIDE = 48
@@ -153,3 +162,141 @@ def test_a_rank_without_an_image_takes_part_in_all_messages_and_changes_nothing(
 
     for weights, _ in run_ranks(step, 3, name, [samples[:2], [], samples[2:]]):
         assert_close(weights, want, **CLOSE[name])
+
+
+def test_crowds_are_not_learnt_from():
+    image, target = sample(0, 3, crowds=1)
+    kept = {name: value[1:] for name, value in target.items()}
+    torch.manual_seed(0)
+    model = retinanet().double()
+    losses = [float(Detect(CLASSES).loss(model, Batch([image], [each])).total) for each in (target, kept)]
+    assert losses[0] == losses[1] > 0
+
+
+def test_what_is_shown_of_a_loss_with_several_divisors_is_the_models_own():
+    torch.manual_seed(0)
+    batch, model = batch_of(samples_with("everywhere")), rcnn().double()
+    sums = Detect(CLASSES).loss(model, batch).sums
+    torch.manual_seed(0)
+    own = model([*batch.images], [{name: t[name] for name in ("boxes", "labels")} for t in batch.labels])
+    assert Detect(CLASSES).figures(sums)["loss"] == pytest.approx(float(sum(own.values())), rel=1e-6)
+
+
+def learnt(rank):
+    """A small detector after some steps on digit scenes."""
+    world = ranks_world(rank)
+    scenes = {**DETECTION["data"], "scenes": 100, "augment": {}}
+    model = {**DETECTION["model"], "options": {"width": 8}}
+    settings = {"train": {"steps": 60}, "optim": {"lr": 0.02, "scaling": "none"}, "schedule": {"warmup_epochs": 0.1}}
+    config = typed({**DETECTION, "data": scenes, "model": model, **settings})
+    training = assemble(build(config, world), config, world)
+    fit(training, config.train, world)
+    return training.model.module.state_dict()
+
+
+def evaluated(rank, state):
+    torch.set_num_threads(1)  # or convolutions add up in another order
+    world = ranks_world(rank)
+    torch.set_num_threads(1)
+    config = typed(
+        {
+            **DETECTION,
+            "data": {**DETECTION["data"], "scenes": 68},
+            "model": {**DETECTION["model"], "options": {"width": 8}},
+        }
+    )
+    parts = build(config, world)
+    parts.model.load_state_dict(state)
+    return measure(parts.model, parts.task, parts.data.eval, TrainConfig(), world)
+
+
+def test_figures_and_curves_are_the_same_to_the_last_digit_for_any_number_of_ranks():
+    (state,) = run_ranks(learnt, 1)
+    ((want, curves),) = run_ranks(evaluated, 1, state)
+    assert want["eval/images"] == 17
+    assert 0.001 < want["eval/ap50"] < 1
+    assert len(curves[0].lines) == 10
+    for ranks in 2, 3:
+        for figures, again in run_ranks(evaluated, ranks, state):
+            assert (figures, again) == (want, curves)
+
+
+def test_no_prediction_at_all_is_an_ap_of_0():
+    task, (image, target) = Detect(CLASSES), sample(0, 3)
+    model = small_ssd(3, width=2, score_thresh=2.0).eval().double()
+    with torch.no_grad():
+        sums = task.evaluate(model, Batch([image], [target]))
+    assert [rows.shape for rows in sums["predictions"]] == [(0, 6)]
+    assert task.figures(sums)["ap"] == task.figures(sums)["ap50"] == 0.0
+
+
+def test_an_eval_batch_without_an_image_has_no_rows():
+    sums = Detect(CLASSES).evaluate(nn.Identity().eval(), Batch([], []))
+    assert (sums["predictions"], sums["truth"]) == ([], [])
+
+
+class Strange(nn.Module):
+    """A model that is called as a detector, and returns what it is told to."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, images, targets=None):
+        return self.output
+
+
+BOX, SCORE = torch.zeros(2, 4), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [SCORE, [], [{}], [{"boxes": BOX, "scores": SCORE}], [{"boxes": BOX.T, "scores": SCORE, "labels": SCORE}]],
+    ids=["a tensor", "no image", "no boxes", "no labels", "boxes the other way"],
+)
+def test_predictions_of_another_shape_are_refused(output):
+    with pytest.raises(UserError, match=r"in eval, for 1 images, is none of boxes: .* take \(images, targets\)"):
+        Detect(CLASSES).evaluate(Strange(output).eval(), batch_of([sample(0, 1)]))
+
+
+@pytest.mark.parametrize("output", [SCORE, {}, {"loss": 1.0}], ids=["a tensor", "none", "a number"])
+def test_losses_of_another_kind_are_refused(output):
+    with pytest.raises(UserError, match="in training: its forward must take"):
+        Detect(CLASSES).loss(Strange(output), batch_of([sample(0, 1)]))
+
+
+def test_a_classifier_is_refused():
+    with pytest.raises(UserError, match="cannot train SmallResNet: its forward must take"):
+        Detect(CLASSES).loss(SmallResNet(8, 3), batch_of([sample(0, 1)]))
+
+
+def test_pictures_have_the_boxes_of_truth_and_prediction_with_names():
+    task, (image, target) = Detect(CLASSES), sample(0, 2)
+    target["labels"] = torch.tensor([2, 1])
+    best = {
+        "boxes": BOX + torch.tensor([1.0, 2, 3, 4]),
+        "scores": torch.tensor([0.25, 0.75]),
+        "labels": torch.tensor([1, 7]),
+    }
+    (picture,) = task.pictures(Strange([best]).eval(), Batch([image], [target]), [torch.zeros(3, 4, 6)])
+    assert [box.name for box in picture.boxes["truth"]] == ["dog", "cat"]
+    assert [(*box,) for box in picture.boxes["prediction"]] == [
+        (1.0, 2.0, 3.0, 4.0, "class 7", 0.75),
+        (1.0, 2.0, 3.0, 4.0, "cat", 0.25),
+    ]
+    assert task.legend.keys() == {*CLASSES}
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_a_run_leaves_figures_pictures_and_weights(tmp_path):
+    words = ["task=detect", "train.steps=40", "launch.nproc=2", "run.name=r", "data.scenes=60"]
+    code, said = finished(PYTHON, *words, root=tmp_path)
+    assert code == 0, said
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["objective"] == result["metrics"]["eval/ap"]
+    assert re.search(r"eval/class_ap +\d: \d+", said)
+    assert len(list((tmp_path / "r" / "pictures").glob("*.png"))) == 8
+    assert ">precision and recall, %</text>" in (tmp_path / "r" / "report.html").read_text()
+    code, said = finished(PYTHON, "task=evaluate", f"checkpoint={tmp_path / 'r'}", root=tmp_path / "none")
+    assert (code, f"{result['objective']:.2%}" in said) == (0, True), said

@@ -19,7 +19,7 @@ from syncbn.trainer.training.resume import Start
 from tests.launch.jobs import TIMES, differing
 from tests.ranks import run_ranks
 from tests.trainer.on_ranks import Log, world_of
-from tests.trainer.trained import SEGMENTATION
+from tests.trainer.trained import DETECTION, SEGMENTATION
 
 
 class Dicing(nn.Module):
@@ -109,13 +109,14 @@ TRAININGS = {
     "local": settings(norm="local", ema=0.75),
     "rates": settings(optim={"lr_factors": {"net.fc": 10}}) | {"schedule": {"name": "poly"}},
     "segmentation": settings(ema=0.75) | SEGMENTATION,
+    "detection": settings(ema=0.75) | DETECTION,
     "fp16": settings(precision="fp16", level="off"),
     "batch_renorm": settings(norm="batch_renorm", ema=0.75),
     "evonorm_s0": settings(norm="evonorm_s0", optim={"name": "adamw", "lr": 0.01}),
 }
 
 
-@pytest.mark.plain("sgd-everything-5", "fp16-4", "local-7", "rates-7", "segmentation-5")
+@pytest.mark.plain("sgd-everything-5", "fp16-4", "local-7", "rates-7", "segmentation-5", "detection-5")
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -127,6 +128,7 @@ TRAININGS = {
         ("local", 7),
         ("rates", 7),
         ("segmentation", 5),
+        ("detection", 5),
         ("fp16", 4),
         ("batch_renorm", 7),
         ("evonorm_s0", 3),
