@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import export, models, norms
+from syncbn.trainer import export, models, norms, tasks
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig, Place
@@ -267,6 +267,64 @@ def test_the_best_is_what_the_pointer_says(exported, copy, tmp_path):
     (checkpoints / "best").write_text("step_1.pt")
     export.export(tmp_path / "run", best=True)
     assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["step"] == 1
+
+
+class Detect(Classify):
+    """Of a task that finds boxes, what an export asks for."""
+
+    targets = "boxes"
+
+    def __init__(self, classes):
+        super().__init__(classes=classes)
+        self.outputs = len(classes) + 1
+
+
+def detect(config, classes):
+    return Detect(classes)
+
+
+DETECTORS = {
+    "ssdlite": {"name": "ssdlite320_mobilenet_v3_large"},
+    "anchors": {"name": "ssdlite320_mobilenet_v3_large", "image_size": 96, "anchor_sizes": [8, 16, 24, 32, 48, 64, 96]},
+    "frozen": {"name": "fasterrcnn_mobilenet_v3_large_320_fpn", "weights": "COCO_V1"},
+}
+
+
+@pytest.mark.parametrize("model", DETECTORS.values(), ids=DETECTORS)
+def test_a_detector_is_exported_for_torchvision_without_a_program(copy, model, monkeypatch, capsys):
+    monkeypatch.setitem(tasks.TARGETS, "boxes", ())
+    trained, config = models.build_blank(ModelConfig(**model), 4), parse_checkpoint(read_checkpoint(copy))["config"]
+    config = {**config, "model": model, "task": {"name": f"{__name__}:detect"}}
+    classes = ["cat", "dog", "bird"]
+    changed(copy, model=trained.state_dict(), average=None, config=config, classes=classes, image_shape=None)
+    assert export.main([str(copy)]) == 0
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "program none: the model returns more than a tensor, a detector a dict of boxes" in printed
+    assert "images a list of float32 [3, H, W], pixels in 0..1; the model normalises and resizes them itself" in printed
+    assert not (copy.parent / "export" / "program.pt2").exists()
+    card = json.loads((copy.parent / "export" / "model.json").read_text())
+    assert card["classes"] == classes
+    assert json.loads(json.dumps(models.card(trained))).items() <= card.items()  # size, mean, std, anchors, scores
+    assert card["built_with"]["anchor_sizes"] == model.get("anchor_sizes", [])
+    assert card.get("eps_of_frozen_norms") == (1e-5 if "weights" in model else None)
+
+    theirs = torchvision.models.get_model_builder(model["name"])(weights=None, weights_backbone=None, num_classes=4)
+    theirs.load_state_dict(torch.load(copy.parent / "export" / "weights.pt", weights_only=True), strict=True)
+    if not card["built_with"]["image_size"]:
+        images = [torch.rand(3, 60, 70)]
+        with torch.no_grad():
+            assert_close(theirs.eval()(images), trained.eval()(images))
+
+
+def test_a_detector_takes_no_size(copy, monkeypatch):
+    monkeypatch.setitem(tasks.TARGETS, "boxes", ())
+    config = parse_checkpoint(read_checkpoint(copy))["config"]
+    model, own = {"name": "ssdlite320_mobilenet_v3_large"}, {"name": f"{__name__}:detect"}
+    state = models.build_blank(ModelConfig(**model), 11).state_dict()
+    changed(copy, model=state, average=None, config={**config, "model": model, "task": own})
+    with pytest.raises(UserError, match=r"--size 64: model.name=ssdlite.* resizes images of any size by itself"):
+        export.export(copy, size=64)
 
 
 def spoil(path):

@@ -83,7 +83,7 @@ def test_heads_fit_the_anchors_in_training_and_in_evaluation(name, keys, anchors
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert set(generator(model).num_anchors_per_location()) == {anchors}
     with torch.no_grad():
-        assert [found.keys() for found in model.eval()(images)] == [{"boxes", "labels", "scores"}] * 2
+        assert [boxes.keys() for boxes in model.eval()(images)] == [{"boxes", "labels", "scores"}] * 2
         (size,) = {(*image.shape[-2:],) for image in model.transform(images)[0].tensors}
     want = (96, 96) if name == SSDLITE else (64, 96)  # 64, 80, padded to a multiple of 32
     assert size == want

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from syncbn.trainer import config
+from syncbn.trainer import config, models
 from syncbn.trainer.config import Config, as_dict, on_top_of, typed
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.job import launch
+from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.option import flat
 from syncbn.trainer.rank.evaluate import evaluate
 from syncbn.trainer.runs.checkpoint import parse_checkpoint, read_checkpoint, write_checkpoint
@@ -58,6 +60,15 @@ def test_the_figures_are_those_of_its_run_to_the_last_bit(tmp_path, settings):
     trained = run_ranks(train, 2, tmp_path / "trained", settings)[0]
     evaluated = run_ranks(evaluated_on, 2, {**own_settings(tmp_path / "trained"), "root": str(tmp_path / "out")})[0]
     assert evaluated == trained
+
+
+def test_the_weights_that_its_run_began_with_are_not_needed(tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(models.build(ModelConfig("resnet8"), 10).state_dict(), weights)
+    trained = run_ranks(train, 2, tmp_path / "trained", {"model": {"weights": str(weights)}})[0]
+    weights.unlink()
+    settings = {**own_settings(tmp_path / "trained"), "root": str(tmp_path / "out")}
+    assert run_ranks(evaluated_on, 2, settings)[0] == trained
 
 
 @pytest.fixture(scope="module")
