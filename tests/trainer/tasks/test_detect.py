@@ -185,9 +185,10 @@ def test_what_is_shown_of_a_loss_with_several_divisors_is_the_models_own():
 def learnt(rank):
     """A small detector after some steps on digit scenes."""
     world = ranks_world(rank)
+    torch.set_num_threads(1)  # as it is to be evaluated
     scenes = {**DETECTION["data"], "scenes": 100, "augment": {}}
     model = {**DETECTION["model"], "options": {"width": 8}}
-    settings = {"train": {"steps": 60}, "optim": {"lr": 0.02, "scaling": "none"}, "schedule": {"warmup_epochs": 0.1}}
+    settings = {"train": {"steps": 40}, "optim": {"lr": 0.02, "scaling": "none"}, "schedule": {"warmup_epochs": 0.1}}
     config = typed({**DETECTION, "data": scenes, "model": model, **settings})
     training = assemble(build(config, world), config, world)
     fit(training, config.train, world)
@@ -195,9 +196,8 @@ def learnt(rank):
 
 
 def evaluated(rank, state):
-    torch.set_num_threads(1)  # or convolutions add up in another order
     world = ranks_world(rank)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # or convolutions add up in another order
     config = typed(
         {
             **DETECTION,
