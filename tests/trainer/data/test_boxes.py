@@ -95,6 +95,19 @@ def test_a_box_follows_its_digit(case):
     assert cut > 20 or not crops
 
 
+@pytest.mark.parametrize(("key", "axis"), [("flip", 2), ("vertical_flip", 1)])
+def test_half_of_the_images_are_turned_about_their_axis(key, axis):
+    config = config_of(augment=AugmentConfig(**{key: True}))
+    transform, (scenes, _) = WithBoxes(box_steps(config)), SOURCES["boxes"]["digit_scenes"].build(config)
+    torch.manual_seed(0)
+    turned = 0
+    for i in range(len(scenes)):
+        before, after = scenes[i][0], transform(*scenes[i])[0]
+        turned += torch.equal(after, before.flip(axis))
+        assert torch.equal(after, before) or torch.equal(after, before.flip(axis))
+    assert 10 < turned < 30
+
+
 def test_areas_follow_the_scale_of_their_image():
     target = {
         "boxes": torch.tensor([[10.0, 20, 30, 60]]),
