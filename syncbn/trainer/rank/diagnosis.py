@@ -11,6 +11,7 @@ from syncbn.trainer import norms, world
 from syncbn.trainer.config import Config
 from syncbn.trainer.data.workers import no_shared_memory
 from syncbn.trainer.errors import UserError, some
+from syncbn.trainer.tasks import BOXES
 from syncbn.trainer.training.loop import BadSteps
 from syncbn.trainer.training.state import Training
 
@@ -79,7 +80,8 @@ def one_value(error: ValueError, training: Training, config: Config) -> UserErro
         mends.append("take norm=sync, over all ranks")
     name, shape = at_layer(error, training.model.module)
     if not is_pooled(name, training.model.module):
-        mends.append("give larger images (data.size=)")
+        key = "model.image_size" if training.task.targets in BOXES else "data.size"
+        mends.append(f"give larger images ({key}=)")
     where = (f", at {name}" if name else "") + (f", whose input is {shape}" if shape else "")
     return UserError(
         f"norm={norm} has one value per channel to take a variance of{where}: {', '.join([*mends, 'or norm=group'])}",

@@ -79,5 +79,23 @@ def test_behind_a_pooling_larger_images_are_no_mend():
         )
 
 
-def test_synchronised_it_trains():
-    assert run_ranks(train, 2, {"name": "sync"}, 1, SCENES) == [None, None]
+BOXES = {
+    "data": {"name": "digit_scenes", "scenes": 8, "batch_per_rank": 1},
+    "task": {"name": "detect"},
+    "model": {"name": "ssdlite320_mobilenet_v3_large"},
+}
+
+
+def test_at_the_last_map_of_a_detector_it_is_the_models_size_that_mends():
+    for kind, line, on_every_rank in run_ranks(train, 2, {"name": "local"}, 1, BOXES):
+        assert (kind, on_every_rank) == (UserError, True)
+        assert line == (
+            "norm=local has one value per channel to take a variance of, at backbone.extra.3.1.1, whose input is "
+            "[1, 64, 1, 1]: raise data.batch_per_rank=1, take norm=sync, over all ranks, give larger images "
+            "(model.image_size=), or norm=group"
+        )
+
+
+@pytest.mark.parametrize("settings", [SCENES, BOXES], ids=["scenes", "boxes"])
+def test_synchronised_it_trains(settings):
+    assert run_ranks(train, 2, {"name": "sync"}, 1, settings) == [None, None]
