@@ -137,8 +137,7 @@ def test_bad_input_is_told_in_one_line(override, said):
 def test_every_choice_composes(data, optim):
     built = composed(f"data={data}", f"optim={optim}", "norm=local")
     assert isinstance(built, Config), built
-    source = {"digit_boxes": "digit_scenes"}.get(data, data)
-    assert (built.data.name, built.optim.name, built.norm.name) == (source, optim, "local")
+    assert (built.data.name, built.optim.name, built.norm.name) == (data, optim, "local")
 
 
 RECIPES = sorted(str(p.relative_to(CONF / "experiment").with_suffix("")) for p in (CONF / "experiment").rglob("*.yaml"))
