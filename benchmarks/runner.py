@@ -52,6 +52,7 @@ BENCHMARKS = {
     "small_batch": Benchmark("trainer.small_batch", "every norm at 1 to 32 images a rank; takes hours"),
     "camvid": Benchmark("trainer.camvid", "segmentation at one image a rank with each norm; takes an hour"),
     "bccd": Benchmark("trainer.bccd", "detection at two images a rank with each norm; takes an hour"),
+    "evaluation": Benchmark("trainer.evaluation", "an evaluation, against the forwards of its images (torchrun)"),
 }
 # What shows records: each has add_options(parser) and show(options)
 READERS = {
