@@ -99,6 +99,7 @@ class Detect(Task):
         """The model's losses as sums, and what each is to be divided by, [K] both."""
         own = getattr(model, "module", model)  # of DDP
         refuse_other_forward(own)
+        refuse_masks(own, self.targets)
         if batch.samples:
             with divisors(own, batch.samples) as seen:
                 losses = model(batch.images, [self._learnt(target) for target in batch.labels])
@@ -148,6 +149,17 @@ def refuse_other_forward(model: nn.Module) -> None:
         inspect.signature(model.forward).bind(None, None)
     except TypeError as error:
         raise UserError(f"task=detect cannot train {type(model).__name__}: {CONVENTION}", on_every_rank=True) from error
+
+
+def refuse_masks(model: nn.Module, targets: str) -> None:
+    """Raise UserError for torchvision's Mask R-CNN, if no masks come with the boxes."""
+    heads: Any = getattr(model, "roi_heads", None)
+    if targets == "boxes" and hasattr(heads, "has_mask") and heads.has_mask():
+        raise UserError(
+            f"{type(model).__name__} learns from a mask of each object too, and task.masks=false: task.masks=true, "
+            "with data that has them (digit_scenes, coco_detection)",
+            on_every_rank=True,
+        )
 
 
 def refuse_other_losses(losses: Any) -> Mapping[str, Tensor]:

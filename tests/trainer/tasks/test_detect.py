@@ -270,6 +270,11 @@ def test_a_classifier_is_refused():
         Detect(CLASSES).loss(SmallResNet(8, 3), batch_of([sample(0, 1)]))
 
 
+def test_mask_rcnn_without_masks_is_refused():
+    with pytest.raises(UserError, match=r"MaskRCNN learns from a mask of each object too, and task\.masks=false: "):
+        Detect(CLASSES).loss(mask_rcnn().double(), batch_of([sample(0, 1)]))
+
+
 def test_pictures_have_the_boxes_of_truth_and_prediction_with_names():
     task, (image, target) = Detect(CLASSES), sample(0, 2)
     target["labels"] = torch.tensor([2, 1])
