@@ -19,7 +19,7 @@ BAD = {
     "+train.speed=1": "train.speed: no such key; did you mean",
     "norm=foo": "norm=foo: no such choice; choose one of batch_renorm, evonorm_s0, frn, frozen, ghost, group, instance",
     "data=cifar": "data=cifar: no such choice; choose one of cifar10, cifar100, cityscapes, coco_detection,",
-    "experiment=none": "experiment=none: no such choice; choose one of camvid, cifar10",
+    "experiment=none": "experiment=none: no such choice; choose one of bccd, camvid, cifar10",
     "norm.name=foo": "norm=foo: choose one of sync, local, torch",
     "optim.name=lion": "optim=lion: choose one of sgd, adamw",
     "task.name=guess": "task=guess: choose one of classify",

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from syncbn.trainer import export, models, norms, tasks
+from syncbn.trainer import export, models, norms
 from syncbn.trainer.errors import UserError
 from syncbn.trainer.models import ModelConfig
 from syncbn.trainer.norms import NormConfig, Place
@@ -269,20 +269,6 @@ def test_the_best_is_what_the_pointer_says(exported, copy, tmp_path):
     assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["step"] == 1
 
 
-class Detect(Classify):
-    """Of a task that finds boxes, what an export asks for."""
-
-    targets = "boxes"
-
-    def __init__(self, classes):
-        super().__init__(classes=classes)
-        self.outputs = len(classes) + 1
-
-
-def detect(config, classes):
-    return Detect(classes)
-
-
 DETECTORS = {
     "ssdlite": {"name": "ssdlite320_mobilenet_v3_large"},
     "anchors": {"name": "ssdlite320_mobilenet_v3_large", "image_size": 96, "anchor_sizes": [8, 16, 24, 32, 48, 64, 96]},
@@ -291,10 +277,9 @@ DETECTORS = {
 
 
 @pytest.mark.parametrize("model", DETECTORS.values(), ids=DETECTORS)
-def test_a_detector_is_exported_for_torchvision_without_a_program(copy, model, monkeypatch, capsys):
-    monkeypatch.setitem(tasks.TARGETS, "boxes", ())
+def test_a_detector_is_exported_for_torchvision_without_a_program(copy, model, capsys):
     trained, config = models.build_blank(ModelConfig(**model), 4), parse_checkpoint(read_checkpoint(copy))["config"]
-    config = {**config, "model": model, "task": {"name": f"{__name__}:detect"}}
+    config = {**config, "model": model, "task": {"name": "detect"}}
     classes = ["cat", "dog", "bird"]
     changed(copy, model=trained.state_dict(), average=None, config=config, classes=classes, image_shape=None)
     assert export.main([str(copy)]) == 0
@@ -317,10 +302,9 @@ def test_a_detector_is_exported_for_torchvision_without_a_program(copy, model, m
             assert_close(theirs.eval()(images), trained.eval()(images))
 
 
-def test_a_detector_takes_no_size(copy, monkeypatch):
-    monkeypatch.setitem(tasks.TARGETS, "boxes", ())
+def test_a_detector_takes_no_size(copy):
     config = parse_checkpoint(read_checkpoint(copy))["config"]
-    model, own = {"name": "ssdlite320_mobilenet_v3_large"}, {"name": f"{__name__}:detect"}
+    model, own = {"name": "ssdlite320_mobilenet_v3_large"}, {"name": "detect"}
     state = models.build_blank(ModelConfig(**model), 11).state_dict()
     changed(copy, model=state, average=None, config={**config, "model": model, "task": own})
     with pytest.raises(UserError, match=r"--size 64: model.name=ssdlite.* resizes images of any size by itself"):
