@@ -47,7 +47,7 @@ def monitor(model: nn.Module, config: DriftConfig, *, expected: bool = True) -> 
         return None
     if not any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
         if expected:
-            log.warning("the model has no batch norm layer: there is no drift to measure")
+            log.warning("the model has no batch norm layer that takes statistics: there is no drift to measure")
         return None
     return syncbn.DriftMonitor(model, level=config.level, alpha=config.alpha)  # pyright: ignore[reportArgumentType]
 

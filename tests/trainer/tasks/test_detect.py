@@ -169,7 +169,7 @@ def test_crowds_are_not_learnt_from():
     kept = {name: value[1:] for name, value in target.items()}
     torch.manual_seed(0)
     model = retinanet().double()
-    losses = [float(Detect(CLASSES).loss(model, Batch([image], [each])).total) for each in (target, kept)]
+    losses = [Detect(CLASSES).loss(model, Batch([image], [each])).total.item() for each in (target, kept)]
     assert losses[0] == losses[1] > 0
 
 
