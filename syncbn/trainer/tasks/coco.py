@@ -1,6 +1,8 @@
 """COCO's average precision: what detectors are judged by."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,12 +59,13 @@ def average_precision(predictions: Sequence[Tensor], truth: Sequence[Tensor], cl
     """
     from faster_coco_eval import COCO, COCOeval_faster  # only where boxes are judged
 
-    evaluation = COCOeval_faster(
-        COCO(_as_coco(truth, classes, _truth_of)), COCO(_as_coco(predictions, classes, _prediction_of)), "bbox"
-    )
-    evaluation.params.maxDets = [MOST_PREDICTIONS]
-    evaluation.evaluate()
-    evaluation.accumulate()
+    with uncollected():
+        evaluation = COCOeval_faster(
+            COCO(_as_coco(truth, classes, _truth_of)), COCO(_as_coco(predictions, classes, _prediction_of)), "bbox"
+        )
+        evaluation.params.maxDets = [MOST_PREDICTIONS]
+        evaluation.evaluate()
+        evaluation.accumulate()
     # [IoUs, recalls, classes, sizes] and [IoUs, classes, sizes]; -1: no truth
     precision, recall = evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
     whole = precision[..., 0]
@@ -80,6 +83,18 @@ def average_precision(predictions: Sequence[Tensor], truth: Sequence[Tensor], cl
         {name: value for name, value in figures.items() if value is not None},
         {name: list(zip(recalls, heights, strict=True)) for name, heights in at_half if heights[0] >= 0},
     )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A block without the garbage collector, which would look through a dict for each box, again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def precision_recall(precision: Precision) -> list[Curves]:
