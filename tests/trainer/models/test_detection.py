@@ -158,7 +158,7 @@ WRONG = {
     "small": (SSD, {"image_size": 100}, "model.image_size=100: nothing is left of such an image for the last maps"),
     "classifier": ("resnet8", {"image_size": 64}, "model.image_size=64 with model.name=resnet8: only detectors"),
     "own": (f"{__name__}:Own", {"anchor_ratios": [1.0]}, "model.anchor_ratios=[1.0] with model.name="),
-    "segmenter": ("unet", {"anchor_sizes": [1]}, "model.anchor_sizes=[1] with model.name=unet: only detectors have that"),
+    "segmenter": ("unet", {"anchor_sizes": [1]}, "model.anchor_sizes=[1] with model.name=unet: only detectors"),
     "option": (RCNN, {"options": {"widht": 4}}, f"({RCNN} takes no 'widht', but min_size, max_size"),
     "frozen-layers": (SSDLITE, {"options": {"trainable_backbone_layers": 3}}, "takes no 'trainable_backbone_layers'"),
     "fetched": (SSDLITE, {"options": {"weights": "DEFAULT"}}, "takes no 'weights' here"),
