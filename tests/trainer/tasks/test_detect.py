@@ -173,13 +173,17 @@ def test_crowds_are_not_learnt_from():
     assert losses[0] == losses[1] > 0
 
 
-def test_what_is_shown_of_a_loss_with_several_divisors_is_the_models_own():
+@pytest.mark.parametrize("name", MODELS)
+def test_on_one_rank_the_loss_is_the_models_own(name):
+    """What is optimised, and what is shown of it."""
     torch.manual_seed(0)
-    batch, model = batch_of(samples_with("everywhere")), rcnn().double()
-    sums = Detect(CLASSES).loss(model, batch).sums
-    torch.manual_seed(0)
-    own = model([*batch.images], [{name: t[name] for name in ("boxes", "labels")} for t in batch.labels])
-    assert Detect(CLASSES).figures(sums)["loss"] == pytest.approx(float(sum(own.values())), rel=1e-6)
+    batch, model, task = batch_of(samples_with("everywhere")), MODELS[name]().double(), Detect(CLASSES, "mask" in name)
+    loss = task.loss(model, batch)
+    learnt_from = ("boxes", "labels", "masks") if "mask" in name else ("boxes", "labels")
+    own = model([*batch.images], [{part: target[part] for part in learnt_from} for target in batch.labels])
+    want = sum(own.values()).item()
+    assert (loss.total / loss.weight).sum().item() == pytest.approx(want, rel=1e-6)
+    assert task.figures(loss.sums)["loss"] == pytest.approx(want, rel=1e-6)
 
 
 def learnt(rank):
