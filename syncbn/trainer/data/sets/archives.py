@@ -56,6 +56,16 @@ def no_archive(name: str, config: "DataConfig", why: str) -> UserError:
     return UserError(f"data.root={config.root} holds no {name} that can be read ({why}): {mend}")
 
 
+def unless_folder(refusal: Callable[["DataConfig", str], UserError]) -> Callable[["DataConfig"], None]:
+    """What raises the refusal where data.root is no folder."""
+
+    def refuse(config: "DataConfig") -> None:
+        if not Path(config.root).is_dir():
+            raise refusal(config, NO_FOLDER)
+
+    return refuse
+
+
 def imagenet(config: "DataConfig") -> tuple[Images, Images]:
     """ILSVRC 2012 as torchvision lays it out: its archives, or train/ and val/ with meta.bin beside them."""
     from torchvision import datasets
@@ -66,11 +76,6 @@ def imagenet(config: "DataConfig") -> tuple[Images, Images]:
         raise no_imagenet(config, first_line(error)) from error
     train, val = (Torchvision(part, [names[0] for names in part.classes]) for part in parts)
     return train, val
-
-
-def no_imagenet_folder(config: "DataConfig") -> None:
-    if not Path(config.root).is_dir():
-        raise no_imagenet(config, NO_FOLDER)
 
 
 def no_imagenet(config: "DataConfig", why: str) -> UserError:
@@ -130,11 +135,6 @@ def cityscapes(config: "DataConfig") -> tuple[Images, Images]:
     except Exception as error:
         raise no_cityscapes(config, first_line(error)) from error
     return train.checked(), val.checked()
-
-
-def no_cityscapes_folder(config: "DataConfig") -> None:
-    if not Path(config.root).is_dir():
-        raise no_cityscapes(config, NO_FOLDER)
 
 
 def no_cityscapes(config: "DataConfig", why: str) -> UserError:

@@ -90,7 +90,7 @@ SOURCES: dict[str, dict[str, Source]] = {
             source: Source(archives.from_archive(name), archives.no_folder_of(name))
             for source, name in archives.ARCHIVES.items()
         },
-        "imagenet": Source(archives.imagenet, archives.no_imagenet_folder),
+        "imagenet": Source(archives.imagenet, archives.unless_folder(archives.no_imagenet)),
         "image_folder": Source(image_folder, no_image_folder),
         "fake": Source(fake),
     },
@@ -98,7 +98,7 @@ SOURCES: dict[str, dict[str, Source]] = {
         "digit_scenes": Source(digit_scenes),
         "mask_folder": Source(mask_folder, no_mask_folder),
         "voc_segmentation": Source(archives.voc_segmentation, archives.no_folder_of("VOCSegmentation")),
-        "cityscapes": Source(archives.cityscapes, archives.no_cityscapes_folder),
+        "cityscapes": Source(archives.cityscapes, archives.unless_folder(archives.no_cityscapes)),
     },
     "boxes": {
         "digit_scenes": Source(partial(digit_scenes, kind=BoxedScenes)),
